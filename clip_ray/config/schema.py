@@ -1,0 +1,291 @@
+"""The configuration: one frozen tree of pydantic models, the same in every job.
+
+Each field's description states its unit or its allowed values; rules that tie fields
+together are validated here, so that code below never has to doubt a config.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from clip_ray.config import zoo
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class S3Options(Section):
+    """How to reach an S3-compatible store; credentials come from the AWS chain alone."""
+
+    endpoint: str | None = Field(None, description="endpoint URL; none = AWS (or AWS_ENDPOINT_URL)")
+    region: str | None = Field(None, description="region name; none = the AWS chain's")
+    profile: str | None = Field(None, description="profile of the AWS credentials file")
+    anonymous: bool = Field(False, description="unsigned requests, for public buckets")
+
+
+class RunConfig(Section):
+    """Where a run lives and what names it."""
+
+    name: str = Field(
+        "clip",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="run name; the same name and config resumes",
+    )
+    storage: str = Field("runs", description="directory or s3:// prefix that holds all runs")
+    seed: int = Field(0, ge=0, description="seed of weights, plan and augmentation")
+    extend: int = Field(0, ge=0, description="steps added to a run's length")
+    s3: S3Options = Field(S3Options(), description="access to run.storage on s3://")
+
+
+class ClusterConfig(Section):
+    """The share of a Ray cluster that a run asks for."""
+
+    address: str | None = Field(
+        None, description="Ray address; none = RAY_ADDRESS, else a local Ray of our own"
+    )
+    num_workers: PositiveInt = Field(1, description="training workers (one a GPU)")
+    cpus_per_worker: float | None = Field(
+        None, gt=0, description="CPUs reserved by a worker; none = 1, less on small machines"
+    )
+    data_cpus: float | None = Field(
+        None, gt=0, description="CPUs for reading and decoding; none = what workers leave free"
+    )
+    start_timeout_s: PositiveInt = Field(60, description="seconds to wait for the resources")
+    collective_timeout_s: PositiveInt = Field(
+        180, description="seconds after which a hung collective ends the attempt"
+    )
+    max_fruitless_attempts: PositiveInt = Field(
+        3, description="attempts without a new commit after which the run stops"
+    )
+
+
+class SourceConfig(Section):
+    """One set of shards."""
+
+    path: str = Field(description="file, directory, glob or {000..123} pattern; local or s3://")
+    weight: float | None = Field(
+        None, gt=0, description="share of the samples, relative; none on all = by size"
+    )
+    image: str | None = Field(
+        None, description="tar suffix or Parquet column of the image; none = the usual names"
+    )
+    caption: str | None = Field(
+        None,
+        description="tar suffix, json:KEY or Parquet column of the caption; none = the usual names",
+    )
+    select: str | None = Field(None, description="file of sample keys to take, one a line")
+
+
+class DataConfig(Section):
+    """Which samples are trained on, and how they are read."""
+
+    sources: tuple[SourceConfig, ...] = Field((), description="sets of shards, mixed by weight")
+    s3: S3Options = Field(S3Options(), description="access to sources on s3://")
+    holdout: float = Field(
+        0.01, ge=0.0, lt=1.0, description="share of the samples kept out, by hash of the key"
+    )
+    exclude: str | None = Field(
+        None, description="file of sample keys never to train on, one a line (take-downs)"
+    )
+    salvage: bool = Field(False, description="take the whole samples of truncated shards")
+    max_bad_fraction: Fraction = Field(
+        0.05, description="share of undecodable samples that stops the run"
+    )
+    slot: PositiveInt | None = Field(
+        None, description="R: samples fetched by one read; none = 64, less for small sets"
+    )
+    window: PositiveInt | None = Field(
+        None, description="K: steps over which a slot is dealt; none = 8, less for small sets"
+    )
+    max_pixels: PositiveInt = Field(64_000_000, description="pixels above which an image is void")
+
+
+class TokenizerConfig(Section):
+    """How captions become token ids."""
+
+    vocab: str = Field(
+        "clip",
+        description="clip (OpenAI's BPE) or the path of a tokenizer.json or BPE vocabulary file",
+    )
+    train_vocab: int | None = Field(
+        None, ge=514, description="ids of a BPE trained on the run's own captions; none = vocab"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TokenizerConfig:
+        if self.train_vocab is not None and self.vocab != "clip":
+            raise ValueError("give tokenizer.vocab or tokenizer.train_vocab, not both")
+        return self
+
+
+class VisionConfig(Section):
+    """The Vision Transformer image tower."""
+
+    image_size: PositiveInt = Field(224, description="image side in pixels")
+    patch_size: PositiveInt = Field(32, description="patch side in pixels; divides image_size")
+    width: PositiveInt = Field(768, description="channels of the residual stream")
+    layers: PositiveInt = Field(12, description="transformer blocks")
+    heads: PositiveInt = Field(12, description="attention heads; divides width")
+    mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLP / width")
+
+    @model_validator(mode="after")
+    def _divides(self) -> VisionConfig:
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"patch_size {self.patch_size} does not divide image_size {self.image_size}"
+            )
+        if self.width % self.heads:
+            raise ValueError(f"heads {self.heads} does not divide width {self.width}")
+        return self
+
+
+class TextConfig(Section):
+    """The causal text transformer."""
+
+    context_length: int = Field(77, ge=4, description="tokens of a caption, start and end included")
+    vocab_size: PositiveInt = Field(49408, description="token ids; set by a trained vocabulary")
+    width: PositiveInt = Field(512, description="channels of the residual stream")
+    layers: PositiveInt = Field(12, description="transformer blocks")
+    heads: PositiveInt = Field(8, description="attention heads; divides width")
+    mlp_ratio: float = Field(4.0, gt=0, description="hidden width of the MLP / width")
+
+    @model_validator(mode="after")
+    def _divides(self) -> TextConfig:
+        if self.width % self.heads:
+            raise ValueError(f"heads {self.heads} does not divide width {self.width}")
+        return self
+
+
+class ModelConfig(Section):
+    """An architecture: a name from the zoo, with any field overridden."""
+
+    name: str = Field("ViT-B-32", description="architecture: " + ", ".join(zoo.ARCHITECTURES))
+    embed_dim: PositiveInt = Field(512, description="dimension of the joint embedding space")
+    quick_gelu: bool = Field(
+        False, description="x * sigmoid(1.702 x) as OpenAI's released weights use"
+    )
+    vision: VisionConfig = Field(VisionConfig(), description="image tower")
+    text: TextConfig = Field(TextConfig(), description="text tower")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_zoo(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            return zoo.fill(given)
+        return given
+
+
+class TrainConfig(Section):
+    """The optimization's length, batch and precision."""
+
+    steps: PositiveInt | None = Field(None, description="length in optimizer steps")
+    samples: PositiveInt | None = Field(None, description="length in samples, rounded up to steps")
+    passes: float | None = Field(None, gt=0, description="length in passes over the data")
+    global_batch: PositiveInt = Field(256, description="G: samples of one step, over all workers")
+    micro_batch: PositiveInt | None = Field(
+        None, description="samples of one forward pass on a worker; none = all of them"
+    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="fp32, or bf16 autocast")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
+    compile: bool = Field(False, description="torch.compile the towers")
+    profile_steps: tuple[int, int] | None = Field(
+        None, description="[first, last] steps recorded in a torch trace"
+    )
+    max_nonfinite: PositiveInt = Field(
+        3, description="non-finite steps in a row after which the run rolls back once, then stops"
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        given = [k for k in ("steps", "samples", "passes") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                "give exactly one of train.steps, train.samples and train.passes; "
+                + (f"given: {', '.join(given)}" if given else "none is given")
+            )
+        if (
+            self.profile_steps is not None
+            and not 0 < self.profile_steps[0] <= self.profile_steps[1]
+        ):
+            raise ValueError(f"profile_steps {self.profile_steps}: expected 0 < first <= last")
+        return self
+
+
+class OptimConfig(Section):
+    """AdamW with warm-up and cosine decay (Radford et al. 2021, section 2.5, tables 18-20)."""
+
+    lr: float = Field(5e-4, gt=0, description="peak learning rate")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
+    beta2: float = Field(0.98, ge=0, lt=1, description="decay of the second moment")
+    eps: float = Field(1e-6, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(0.2, ge=0, description="on matrices; never on gains or biases")
+    warmup: int = Field(2000, ge=0, description="steps of linear warm-up")
+    final_lr: float = Field(0.0, ge=0, description="learning rate at the last step")
+    clip_norm: float | None = Field(None, gt=0, description="limit of the global gradient norm")
+
+
+class CheckpointConfig(Section):
+    """When commits are written and which are kept."""
+
+    every_steps: PositiveInt = Field(1000, description="steps between commits")
+    keep_last: PositiveInt = Field(3, description="newest commits kept")
+    keep_every: PositiveInt | None = Field(None, description="also keep each commit at k x this")
+
+
+class EvalConfig(Section):
+    """What a finished run is evaluated on."""
+
+    datasets: tuple[str, ...] = Field((), description="directories in CLIP_benchmark's layout")
+    batch: PositiveInt = Field(256, description="images or texts of one forward pass")
+
+
+class TrackingConfig(Section):
+    """Where MLflow's records go."""
+
+    uri: str | None = Field(None, description="MLflow tracking URI; none = sqlite in run.storage")
+    experiment: str = Field("clip-ray", description="experiment name")
+    model_name: str | None = Field(None, description="registered model; none = run.name")
+    register_model: bool = Field(True, description="register the export as a model version")
+    samples: bool = Field(False, description="allow captions and images in logged figures")
+    flush_s: float = Field(5.0, gt=0, description="seconds between batches sent to MLflow")
+
+    @field_validator("uri")
+    @classmethod
+    def _no_credentials(cls, uri: str | None) -> str | None:
+        if uri is not None and "@" in uri.split("://", 1)[-1].split("/", 1)[0]:
+            raise ValueError(
+                "holds credentials, and the config is logged; set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) instead"
+            )
+        return uri
+
+
+class Config(Section):
+    """A run: everything that `jobs/pretrain.py` needs to know."""
+
+    run: RunConfig = Field(RunConfig(), description="name, storage, seed")
+    cluster: ClusterConfig = Field(ClusterConfig(), description="resources")
+    data: DataConfig = Field(DataConfig(), description="shards")
+    tokenizer: TokenizerConfig = Field(TokenizerConfig(), description="captions to ids")
+    model: ModelConfig = Field(ModelConfig(), description="architecture")
+    train: TrainConfig = Field(description="length, batch, precision")
+    optim: OptimConfig = Field(OptimConfig(), description="AdamW and schedule")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="commits")
+    eval: EvalConfig = Field(EvalConfig(), description="evaluation at the end")
+    tracking: TrackingConfig = Field(TrackingConfig(), description="MLflow")
+
+    @model_validator(mode="after")
+    def _rules(self) -> Config:
+        slot, window = self.data.slot, self.data.window
+        if slot is not None and window is not None and slot % window:
+            raise ValueError(f"data.window {window} does not divide data.slot {slot}")
+        return self
