@@ -1,0 +1,417 @@
+"""A directory, local or on S3, behind the few operations that the project needs.
+
+Everything that outlives a process (checkpoints, journals, manifests, exports) goes through here,
+so that "written completely" and "created by nobody else" mean the same on both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from clip_ray.config import S3Options
+from clip_ray.errors import ConfigError, DataError
+
+_BRACE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """What identifies the content of a file without reading it.
+
+    Attributes:
+        path: the file's full path or s3:// URI.
+        size: bytes.
+        version: the ETag on S3, the modification time in nanoseconds on a local disk.
+    """
+
+    path: str
+    size: int
+    version: str
+
+
+class Store(Protocol):
+    """A directory. Names are relative, with `/`; all calls raise OSError kinds on I/O failure."""
+
+    @property
+    def uri(self) -> str:
+        """Absolute path or s3:// URI of this directory."""
+
+    def child(self, name: str) -> Store:
+        """Return the directory `name` in this one; it need not exist."""
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Return the bytes `[start, stop)` of a file; the whole of it by default."""
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file so that a reader sees the old content or the new, never a part."""
+
+    def create(self, name: str, data: bytes) -> None:
+        """Write a file that must not exist yet; exactly one of several callers succeeds.
+
+        Raises:
+            FileExistsError: somebody has created it.
+        """
+
+    def upload(self, local: Path, name: str) -> None:
+        """Copy a local file to `name`, durably."""
+
+    def download(self, name: str, local: Path) -> None:
+        """Copy the file `name` to a local path."""
+
+    def info(self, name: str) -> FileInfo:
+        """Return size and version of a file. Raises FileNotFoundError."""
+
+    def files(self) -> list[str]:
+        """Return the names of all files below, sorted; empty where there is nothing."""
+
+    def directories(self) -> list[str]:
+        """Return the names of the directories directly below, sorted."""
+
+    def delete(self, name: str) -> None:
+        """Delete a file or directory with all below it; nothing there is no error."""
+
+    def exists(self, name: str) -> bool:
+        """Tell whether the file `name` exists."""
+
+
+def open_store(uri: str | os.PathLike[str], s3: S3Options | None = None) -> Store:
+    """Return the store at a path or s3:// URI; the directory need not exist."""
+    text = os.fspath(uri)
+    if text.startswith("s3://"):
+        return S3Store(text.rstrip("/"), s3 or S3Options())
+    if "://" in text:
+        scheme = text.split("://", 1)[0]
+        raise ConfigError(f"{text}: cannot read {scheme}://; use a local path or s3://")
+    return LocalStore(Path(text).absolute())
+
+
+@dataclass(frozen=True)
+class LocalStore:
+    """A directory of the local (or a shared, mounted) file system."""
+
+    root: Path
+
+    @property
+    def uri(self) -> str:  # noqa: D102 - see Store
+        return str(self.root)
+
+    def child(self, name: str) -> LocalStore:  # noqa: D102
+        return LocalStore(self.root / name)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:  # noqa: D102
+        with open(self.root / name, "rb") as file:
+            file.seek(start)
+            return file.read() if stop is None else file.read(stop - start)
+
+    def write(self, name: str, data: bytes) -> None:  # noqa: D102
+        path = self.root / name
+        with self._temporary(path) as temporary:
+            _write_durably(temporary, data)
+            os.replace(temporary, path)
+        _sync_directory(path.parent)
+
+    def create(self, name: str, data: bytes) -> None:  # noqa: D102
+        path = self.root / name
+        # A hard link appears with its whole content at once and fails where the name exists:
+        # O_EXCL alone would show other readers an empty file first.
+        with self._temporary(path) as temporary:
+            _write_durably(temporary, data)
+            os.link(temporary, path)
+        _sync_directory(path.parent)
+
+    @contextlib.contextmanager
+    def _temporary(self, path: Path) -> Iterator[Path]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def upload(self, local: Path, name: str) -> None:  # noqa: D102
+        path = self.root / name
+        with self._temporary(path) as temporary:
+            shutil.copyfile(local, temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        _sync_directory(path.parent)
+
+    def download(self, name: str, local: Path) -> None:  # noqa: D102
+        local.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(self.root / name, local)
+
+    def info(self, name: str) -> FileInfo:  # noqa: D102
+        path = self.root / name
+        stat = path.stat()
+        return FileInfo(str(path), stat.st_size, str(stat.st_mtime_ns))
+
+    def files(self) -> list[str]:  # noqa: D102
+        return sorted(
+            str((Path(folder) / name).relative_to(self.root))
+            for folder, _, names in os.walk(self.root)
+            for name in names
+            if not name.endswith(".tmp")
+        )
+
+    def directories(self) -> list[str]:  # noqa: D102
+        if not self.root.is_dir():
+            return []
+        return sorted(entry.name for entry in self.root.iterdir() if entry.is_dir())
+
+    def delete(self, name: str) -> None:  # noqa: D102
+        path = self.root / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+    def exists(self, name: str) -> bool:  # noqa: D102
+        return (self.root / name).is_file()
+
+
+@dataclass(frozen=True)
+class S3Store:
+    """A prefix of an S3 bucket, through s3fs."""
+
+    root: str
+    options: S3Options
+    _fs: list[Any] = field(default_factory=list, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The client holds an event loop: each process makes its own.
+        return (S3Store, (self.root, self.options))
+
+    @property
+    def fs(self) -> Any:
+        """The s3fs file system, made at first use."""
+        if not self._fs:
+            import s3fs
+
+            client = {"region_name": self.options.region} if self.options.region else {}
+            self._fs.append(
+                s3fs.S3FileSystem(
+                    anon=self.options.anonymous,
+                    profile=self.options.profile,
+                    endpoint_url=self.options.endpoint,
+                    client_kwargs=client,
+                    config_kwargs={
+                        "connect_timeout": 10,
+                        "read_timeout": 60,
+                        "retries": {"max_attempts": 8, "mode": "standard"},
+                    },
+                    # Other processes write here too: a cached listing would hide their files.
+                    use_listings_cache=False,
+                )
+            )
+        return self._fs[0]
+
+    @property
+    def uri(self) -> str:  # noqa: D102
+        return self.root
+
+    def child(self, name: str) -> S3Store:  # noqa: D102
+        return S3Store(f"{self.root}/{name}", self.options, self._fs)
+
+    def _path(self, name: str) -> str:
+        return f"{self.root}/{name}" if name else self.root
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:  # noqa: D102
+        whole = start == 0 and stop is None
+        with self._explained():
+            data: bytes = self.fs.cat_file(
+                self._path(name), start=None if whole else start, end=stop
+            )
+        return data
+
+    def write(self, name: str, data: bytes) -> None:  # noqa: D102
+        with self._explained():
+            self.fs.pipe_file(self._path(name), data)
+
+    def create(self, name: str, data: bytes) -> None:  # noqa: D102
+        with self._explained():
+            self.fs.pipe_file(self._path(name), data, mode="create")
+
+    def upload(self, local: Path, name: str) -> None:  # noqa: D102
+        with self._explained():
+            self.fs.put_file(str(local), self._path(name))
+
+    def download(self, name: str, local: Path) -> None:  # noqa: D102
+        local.parent.mkdir(parents=True, exist_ok=True)
+        with self._explained():
+            self.fs.get_file(self._path(name), str(local))
+
+    def info(self, name: str) -> FileInfo:  # noqa: D102
+        with self._explained():
+            found = self.fs.info(self._path(name))
+        if found["type"] != "file":
+            raise FileNotFoundError(self._path(name))
+        return FileInfo(self._path(name), found["size"], str(found["ETag"]).strip('"'))
+
+    def files(self) -> list[str]:  # noqa: D102
+        with self._explained():
+            found = self.fs.find(self.root)
+        prefix = self.root.removeprefix("s3://") + "/"
+        return sorted(path.removeprefix(prefix) for path in found if path.startswith(prefix))
+
+    def directories(self) -> list[str]:  # noqa: D102
+        with self._explained():
+            try:
+                found = self.fs.ls(self.root, detail=True)
+            except FileNotFoundError:
+                return []
+        return sorted(e["name"].rsplit("/", 1)[-1] for e in found if e["type"] == "directory")
+
+    def delete(self, name: str) -> None:  # noqa: D102
+        with self._explained(), contextlib.suppress(FileNotFoundError):
+            self.fs.rm(self._path(name), recursive=True)
+
+    def exists(self, name: str) -> bool:  # noqa: D102
+        with self._explained():
+            return bool(self.fs.isfile(self._path(name)))
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn what a user can mend (bucket, credentials, endpoint) into our own words."""
+        from botocore.exceptions import (
+            EndpointConnectionError,
+            NoCredentialsError,
+            ProfileNotFound,
+        )
+
+        bucket = self.root.removeprefix("s3://").split("/", 1)[0]
+        try:
+            yield
+        except NoCredentialsError as error:
+            raise ConfigError(
+                f"{self.root}: no AWS credentials found; set them in the AWS chain "
+                "(environment, profile, instance role), or s3.anonymous for a public bucket"
+            ) from error
+        except ProfileNotFound as error:
+            raise ConfigError(f"{self.root}: {error}; set s3.profile to one that exists") from error
+        except EndpointConnectionError as error:
+            raise ConfigError(f"{self.root}: {error}; check s3.endpoint and the network") from error
+        except PermissionError as error:
+            raise ConfigError(
+                f"{self.root}: access denied by the store ({error}); check the credentials' "
+                f"rights on bucket {bucket!r}"
+            ) from error
+        except FileNotFoundError as error:
+            if "specified bucket does not exist" in str(error).lower():
+                raise DataError(
+                    f"{self.root}: bucket {bucket!r} does not exist; check its name and s3.endpoint"
+                ) from error
+            raise
+
+
+def expand(pattern: str, s3: S3Options | None = None) -> list[FileInfo]:
+    """Return the files that a source's path names, sorted by path.
+
+    A path is a file, a directory (its .tar and .parquet files, at any depth), a glob, or a
+    pattern with {000..123}; each form local or on s3://.
+
+    Raises:
+        DataError: nothing matches; the message holds the expanded pattern.
+    """
+    names = _braces(pattern)
+    found: dict[str, FileInfo] = {}
+    for name in names:
+        for info in _matches(name, s3):
+            found[info.path] = info
+    if not found:
+        shown = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]} ({len(names)} names)"
+        if not shown.startswith("s3://"):
+            shown = os.path.abspath(shown)
+        raise DataError(
+            f"no shard matches {pattern!r} (looked for {shown}); expected .tar or .parquet files: "
+            "check the path, or make shards from a folder of pictures with jobs/prepare.py"
+        )
+    return [found[path] for path in sorted(found)]
+
+
+def _braces(pattern: str) -> list[str]:
+    match = _BRACE.search(pattern)
+    if match is None:
+        return [pattern]
+    first, last = match.groups()
+    return [
+        name
+        for number in range(int(first), int(last) + 1)
+        for name in _braces(
+            f"{pattern[: match.start()]}{number:0{len(first)}d}{pattern[match.end() :]}"
+        )
+    ]
+
+
+def _is_shard(name: str) -> bool:
+    return name.lower().endswith((".tar", ".parquet"))
+
+
+def _matches(name: str, s3: S3Options | None) -> list[FileInfo]:
+    is_glob = any(c in name for c in "*?[")
+    if name.startswith("s3://"):
+        store = S3Store(name.rstrip("/"), s3 or S3Options())
+        with store._explained():
+            if is_glob:
+                entries = list(store.fs.glob(name, detail=True).values())
+            else:
+                entries = list(store.fs.find(name, detail=True).values())
+            if not entries:
+                _require_bucket(store)
+        return [
+            FileInfo(f"s3://{e['name']}", e["size"], str(e["ETag"]).strip('"'))
+            for e in entries
+            if e["type"] == "file" and _is_shard(e["name"])
+        ]
+    if is_glob:
+        paths = [Path(p) for p in glob.glob(name, recursive=True)]
+    elif os.path.isdir(name):
+        paths = [p for p in Path(name).rglob("*") if p.is_file() and _is_shard(p.name)]
+    else:
+        paths = [Path(name)] if os.path.isfile(name) else []
+    return [
+        LocalStore(p.parent.absolute()).info(p.name)
+        for p in paths
+        if p.is_file() and _is_shard(p.name)
+    ]
+
+
+def _require_bucket(store: S3Store) -> None:
+    """Raise DataError when the bucket is missing: listing a missing prefix says nothing."""
+    bucket = store.root.removeprefix("s3://").split("/", 1)[0]
+    try:
+        store.fs.call_s3("head_bucket", Bucket=bucket)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{store.root}: bucket {bucket!r} does not exist; check its name and s3.endpoint"
+        ) from error
+
+
+def split_uri(path: str) -> tuple[str, str]:
+    """Split a file's path or URI into its directory and its name."""
+    folder, _, name = path.rpartition("/")
+    return folder or "/", name
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
