@@ -166,7 +166,7 @@ class _TiledClipLoss(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         image_BE, text_GE, scale, valid_B, valid_G, row_lse, column_lse = ctx.saved_tensors
         settings: _Settings = ctx.settings
-        B, world = len(image_BE), settings.world_size
+        world = settings.world_size
         logits = _Logits(image_BE, text_GE, scale, valid_B, valid_G, settings, ctx.kept)
         image_grad, text_grad = torch.zeros_like(image_BE), torch.zeros_like(text_GE)
         for rows, columns in logits.tiles():
@@ -270,7 +270,7 @@ def contrastive_step(
     Returns:
         The detached global loss.
     """
-    bare = model.module if hasattr(model, "module") else model
+    bare: Any = getattr(model, "module", model)
     if len(micro_batches) == 1:
         image_BE, text_BE = model(*micro_batches[0])
         mark("forward")

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
 import os
 import re
 import shutil
+import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +40,26 @@ class FileInfo:
     version: str
 
 
+@dataclass(frozen=True)
+class FileDigest:
+    """Size in bytes and sha256 (hex) of a file's content."""
+
+    size: int
+    sha256: str
+
+
+def digest_bytes(data: bytes) -> FileDigest:
+    """Return size and sha256 of `data`."""
+    return FileDigest(len(data), hashlib.sha256(data).hexdigest())
+
+
+def digest_file(path: Path) -> FileDigest:
+    """Return size and sha256 of a local file, read in pieces."""
+    with open(path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileDigest(path.stat().st_size, sha256)
+
+
 class Store(Protocol):
     """A directory. Names are relative, with `/`; all calls raise OSError kinds on I/O failure."""
 
@@ -57,12 +79,18 @@ class Store(Protocol):
     def create(self, name: str, data: bytes) -> None:
         """Write a file that must not exist yet; exactly one of several callers succeeds.
 
+        `data` must be unique to the caller (hold its process id, say): a retried request whose
+        first try did arrive is told apart from a lost race by the content.
+
         Raises:
             FileExistsError: somebody has created it.
         """
 
-    def upload(self, local: Path, name: str) -> None:
-        """Copy a local file to `name`, durably."""
+    def put(self, name: str, fill: Callable[[Path], None]) -> FileDigest:
+        """Write a large file: `fill` writes it at the local path it is given.
+
+        The file appears whole and durable, or not at all.
+        """
 
     def download(self, name: str, local: Path) -> None:
         """Copy the file `name` to a local path."""
@@ -137,14 +165,16 @@ class LocalStore:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def upload(self, local: Path, name: str) -> None:  # noqa: D102
+    def put(self, name: str, fill: Callable[[Path], None]) -> FileDigest:  # noqa: D102
         path = self.root / name
         with self._temporary(path) as temporary:
-            shutil.copyfile(local, temporary)
+            fill(temporary)
+            digest = digest_file(temporary)
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         _sync_directory(path.parent)
+        return digest
 
     def download(self, name: str, local: Path) -> None:  # noqa: D102
         local.parent.mkdir(parents=True, exist_ok=True)
@@ -239,11 +269,18 @@ class S3Store:
 
     def create(self, name: str, data: bytes) -> None:  # noqa: D102
         with self._explained():
-            self.fs.pipe_file(self._path(name), data, mode="create")
+            try:
+                self.fs.pipe_file(self._path(name), data, mode="create")
+            except FileExistsError as error:
+                if self.read(name) != data:
+                    raise FileExistsError(self._path(name)) from error
 
-    def upload(self, local: Path, name: str) -> None:  # noqa: D102
-        with self._explained():
+    def put(self, name: str, fill: Callable[[Path], None]) -> FileDigest:  # noqa: D102
+        with tempfile.TemporaryDirectory(prefix="clip-ray-") as folder, self._explained():
+            local = Path(folder) / "part"
+            fill(local)
             self.fs.put_file(str(local), self._path(name))
+            return digest_file(local)
 
     def download(self, name: str, local: Path) -> None:  # noqa: D102
         local.parent.mkdir(parents=True, exist_ok=True)

@@ -108,6 +108,15 @@ class DataConfig(Section):
     )
     max_pixels: PositiveInt = Field(64_000_000, description="pixels above which an image is void")
 
+    @model_validator(mode="after")
+    def _weights_on_all_or_none(self) -> DataConfig:
+        without = [source.path for source in self.sources if source.weight is None]
+        if without and len(without) < len(self.sources):
+            raise ValueError(
+                f"give every source a weight, or none; without one: {', '.join(without)}"
+            )
+        return self
+
 
 class TokenizerConfig(Section):
     """How captions become token ids."""

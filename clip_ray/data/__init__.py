@@ -1,0 +1,1 @@
+"""Shards, manifests, plans and blocks: everything about samples that needs no Ray."""

@@ -1,0 +1,229 @@
+"""Blocks: the plan's rows as decoded arrays, cut for the workers.
+
+A window's rows are dealt to W workers: of each step's G rows, worker r takes the b = ceil(G/W)
+rows from r·b on; where W does not divide G, the rows beyond G are void. What a worker needs of a
+window (K steps x b rows) travels as one or more equal *blocks*, small enough for the object
+store. A block is a function of (plan, layout, window, chunk, rank): whoever reads it, and however
+often, it holds the same rows in the same shapes. This file needs no Ray; `runtime.data` streams
+the blocks through Ray Data.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from clip_ray.config import DataConfig
+from clip_ray.data.manifest import Manifest
+from clip_ray.data.plan import Ints, Plan
+from clip_ray.data.shards import BadSample, Sample, read_ordinals
+from clip_ray.images import ImageError, decode, train_crop
+from clip_ray.tokenizer import Tokenizer
+
+BLOCK_BYTES = 24 << 20  # facts: 16-32 MB blocks keep Ray's cost per block below 1 %
+Block = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of a step are dealt to workers and cut into blocks.
+
+    Attributes:
+        world_size: W, number of workers.
+        rows: b = ceil(G/W), rows of a step on each worker, void ones included.
+        window: K, steps of a window.
+        chunks: blocks that a worker's share of a window travels in.
+    """
+
+    world_size: int
+    rows: int
+    window: int
+    chunks: int
+
+    @classmethod
+    def fit(cls, plan: Plan, world_size: int, row_bytes: int) -> Layout:
+        """Return the layout whose blocks stay near 24 MB; `row_bytes` is a decoded row's size."""
+        rows = -(-plan.global_batch // world_size)
+        chunks = min(rows, -(-plan.window * rows * row_bytes // BLOCK_BYTES))
+        return cls(world_size, rows, plan.window, chunks)
+
+    @property
+    def rows_per_block(self) -> int:
+        """Rows of a step in one block; the last block of a window is filled up with void rows."""
+        return -(-self.rows // self.chunks)
+
+    @property
+    def blocks_per_window(self) -> int:
+        """Blocks of a window over all workers."""
+        return self.chunks * self.world_size
+
+    def block_at(self, number: int) -> tuple[int, int, int]:
+        """Return (window, chunk, rank) of block `number` of the stream that starts at window 0.
+
+        Ranks turn fastest: dealing the stream's blocks round robin gives each worker its own.
+        """
+        window, rest = divmod(number, self.blocks_per_window)
+        chunk, rank = divmod(rest, self.world_size)
+        return window, chunk, rank
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A worker's rows of one step.
+
+    Attributes:
+        pixels: (b, 3, S, S) uint8.
+        ids: (b, L) int32 token ids.
+        valid: (b,) bool; false for undecodable samples and padding.
+        shard: (b,) int64, -1 for padding.
+        place: (b,) int64, index among the shard's training samples.
+        bad: the undecodable samples: shard path, key and reason of each.
+        truncated: captions cut at the context length.
+    """
+
+    pixels: torch.Tensor
+    ids: torch.Tensor
+    valid: torch.Tensor
+    shard: Ints
+    place: Ints
+    bad: tuple[dict[str, str], ...]
+    truncated: int
+
+
+@dataclass(frozen=True)
+class BlockReader:
+    """Reads blocks: everything that turns (window, chunk, rank) into arrays."""
+
+    plan: Plan
+    layout: Layout
+    manifest: Manifest
+    config: DataConfig
+    tokenizer: Tokenizer
+    image_size: int
+
+    def read(self, window: int, chunk: int, rank: int) -> Block:
+        """Return the arrays of one block, K·rows_per_block rows, ordered by step.
+
+        Content errors make void rows; an OSError means that the storage failed, and is raised.
+        """
+        layout, plan = self.layout, self.plan
+        height = layout.rows_per_block
+        first = rank * layout.rows + chunk * height
+        last = min(first + height, (rank + 1) * layout.rows, plan.global_batch)
+        block = self._empty(layout.window * height)
+        count = max(last - first, 0)
+        if count == 0:
+            return block
+        share = plan.slot // plan.window
+        slots = (first // share, -(-last // share))
+        rows = plan.window_rows(window, *slots)
+        shard, place = (
+            a.reshape(-1, plan.window, share)
+            .swapaxes(0, 1)
+            .reshape(plan.window, -1)[:, first - slots[0] * share : last - slots[0] * share]
+            for a in (rows.shard, rows.place)
+        )
+        steps = window * plan.window + np.arange(plan.window)
+        position = steps[:, None] * plan.global_batch + np.arange(first, last)
+        target = np.arange(plan.window)[:, None] * height + np.arange(count)
+        block["shard"][target], block["place"][target] = shard, place
+        self._fill(block, target.ravel(), shard.ravel(), place.ravel(), position.ravel())
+        return block
+
+    def _empty(self, rows: int) -> Block:
+        side, length = self.image_size, self.tokenizer.context_length
+        return {
+            "pixels": np.zeros((rows, 3, side, side), np.uint8),
+            "ids": np.zeros((rows, length), np.int32),
+            "valid": np.zeros(rows, bool),
+            "truncated": np.zeros(rows, bool),
+            "shard": np.full(rows, -1, np.int64),
+            "place": np.full(rows, -1, np.int64),
+            "bad": np.full(rows, "", dtype=object),
+        }
+
+    def _fill(self, block: Block, target: Ints, shard: Ints, place: Ints, position: Ints) -> None:
+        captions: list[str] = []
+        captioned: list[int] = []
+        for index in np.unique(shard):
+            mine = np.flatnonzero(shard == index)
+            mine = mine[np.argsort(place[mine], kind="stable")]
+            entry = self.manifest.shard(int(index))
+            source = self.config.sources[entry.source]
+            # One sample can stand twice in a window that straddles two passes: read it once.
+            wanted, inverse = np.unique(place[mine], return_inverse=True)
+            ordinals = self.manifest.train_ordinals(int(index), wanted)
+            samples = read_ordinals(entry, source, self.config.s3, ordinals)
+            decoded: dict[int, NDArray[np.uint8] | BadSample] = {}
+            for row, which in zip(mine, inverse, strict=True):
+                sample = samples[which]
+                if which not in decoded:
+                    decoded[which] = self._decode(sample)
+                pixels = decoded[which]
+                at = target[row]
+                if isinstance(pixels, BadSample):
+                    block["bad"][at] = json.dumps(
+                        {"shard": entry.path, "key": pixels.key, "reason": pixels.reason}
+                    )
+                    continue
+                assert isinstance(sample, Sample)
+                crop = np.random.Generator(
+                    np.random.Philox(key=[self.plan.seed, int(position[row])])
+                )
+                block["pixels"][at] = train_crop(pixels, self.image_size, crop)
+                block["valid"][at] = True
+                captions.append(sample.caption)
+                captioned.append(at)
+        if captions:
+            block["ids"][captioned], block["truncated"][captioned] = self.tokenizer(captions)
+
+    def _decode(self, sample: Sample | BadSample) -> NDArray[np.uint8] | BadSample:
+        if isinstance(sample, BadSample):
+            return sample
+        try:
+            return decode(sample.image, self.config.max_pixels)
+        except ImageError as error:
+            return BadSample(sample.key, error.reason)
+
+
+def assemble(blocks: list[Block], layout: Layout) -> Iterator[Batch]:
+    """Yield the K batches of a window from a worker's blocks of it, in chunk order."""
+    height = layout.rows_per_block
+    for k in range(layout.window):
+        parts = [
+            {name: array[k * height : (k + 1) * height] for name, array in block.items()}
+            for block in blocks
+        ]
+        whole = {
+            name: np.concatenate([part[name] for part in parts])[: layout.rows] for name in parts[0]
+        }
+        yield Batch(
+            pixels=torch.from_numpy(whole["pixels"]),
+            ids=torch.from_numpy(whole["ids"]),
+            valid=torch.from_numpy(whole["valid"]),
+            shard=whole["shard"],
+            place=whole["place"],
+            bad=tuple(json.loads(line) for line in whole["bad"] if line),
+            truncated=int(whole["truncated"].sum()),
+        )
+
+
+def read_batches(
+    reader: BlockReader, rank: int, first_step: int, last_step: int
+) -> Iterator[Batch]:
+    """Yield a worker's batches of steps `[first_step, last_step)`, read in this process.
+
+    The same batches as the Ray pipeline delivers; for a bare process, tests and benchmarks.
+    """
+    window_length = reader.layout.window
+    for window in range(first_step // window_length, -(-last_step // window_length)):
+        blocks = [reader.read(window, c, rank) for c in range(reader.layout.chunks)]
+        for k, batch in enumerate(assemble(blocks, reader.layout)):
+            if first_step <= window * window_length + k < last_step:
+                yield batch

@@ -1,0 +1,260 @@
+"""Parquet shards: an image column and a caption column, read by row groups.
+
+The whole file is read through one small file object of our own, local or S3, so that a failing
+disk or network (which is retried) and a damaged file (which is not) can be told apart: pyarrow
+raises OSError for both.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from clip_ray.config.schema import SourceConfig
+from clip_ray.data.quarantine import BadSample
+from clip_ray.data.samples import Ints, Sample, Scan, caption_of, skip
+from clip_ray.errors import DataError
+from clip_ray.storage import Store, split_uri
+
+IMAGE_COLUMNS = ("image", "jpg", "png", "webp", "bytes")
+CAPTION_COLUMNS = ("txt", "caption", "text")
+KEY_COLUMNS = ("key", "__key__")
+
+
+class DamageError(Exception):
+    """A file that pyarrow cannot make sense of."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns that matter; `image` names a leaf where images are structs of bytes."""
+
+    image: str
+    caption: str
+    key: str | None
+
+
+class _RangeFile(io.RawIOBase):
+    """A store's file as pyarrow wants one; the last I/O error is kept."""
+
+    def __init__(self, store: Store, name: str, size: int) -> None:
+        self._store, self._name, self._size, self._at = store, name, size, 0
+        self.failure: Exception | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._size)[whence]
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        stop = self._size if size < 0 else min(self._at + size, self._size)
+        if stop <= self._at:
+            return b""
+        try:
+            data = self._store.read(self._name, self._at, stop)
+        except Exception as error:
+            self.failure = error
+            raise
+        self._at += len(data)
+        return data
+
+
+@contextmanager
+def open_parquet(store: Store, name: str, size: int) -> Iterator[pq.ParquetFile]:
+    """Open a Parquet file.
+
+    Raises:
+        OSError: the store failed.
+        DamageError: the content is no Parquet file.
+    """
+    raw = _RangeFile(store, name, size)
+    try:
+        with pq.ParquetFile(pa.PythonFile(raw, mode="r"), pre_buffer=True) as file:
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        if raw.failure is not None:
+            raise raw.failure from error
+        raise DamageError(str(error)) from error
+
+
+def find_columns(path: str, schema: pa.Schema, source: SourceConfig) -> Columns:
+    """Return the columns that a source names, or the usual ones.
+
+    Raises:
+        DataError: a column is not there, or holds something else; the message lists the columns.
+    """
+    image = _choose(path, schema, source.image, IMAGE_COLUMNS, "image")
+    caption = _choose(path, schema, source.caption, CAPTION_COLUMNS, "caption")
+    kind = schema.field(image).type
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        image, kind = f"{image}.bytes", kind.field("bytes").type
+    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        raise DataError(
+            f"shard {path}: column {image!r} is {kind}, expected the bytes of image files "
+            "(binary, or a struct with a field 'bytes'); name another with data.sources[].image"
+        )
+    key = next((name for name in KEY_COLUMNS if name in schema.names), None)
+    return Columns(image, caption, key)
+
+
+def _choose(
+    path: str, schema: pa.Schema, given: str | None, usual: tuple[str, ...], what: str
+) -> str:
+    for name in (given,) if given else usual:
+        if name in schema.names:
+            return name
+    wanted = repr(given) if given else "any of " + ", ".join(usual)
+    raise DataError(
+        f"shard {path}: no {what} column: looked for {wanted}; it has "
+        f"{', '.join(schema.names) or 'no columns'}; set data.sources[].{what}"
+    )
+
+
+def scan_parquet(path: str, store: Store, name: str, size: int, source: SourceConfig) -> Scan:
+    """Read a shard's footer, captions and keys; image data only where some are null.
+
+    Raises:
+        DataError: it is no Parquet file, or lacks a column.
+    """
+    scan = Scan()
+    skipped_rows: list[int] = []
+    try:
+        with open_parquet(store, name, size) as file:
+            columns = find_columns(path, file.schema_arrow, source)
+            starts = [0]
+            for group in range(file.num_row_groups):
+                rows = file.metadata.row_group(group).num_rows
+                skipped_rows += _scan_group(file, group, starts[-1], columns, path, scan)
+                starts.append(starts[-1] + rows)
+    except DamageError as error:
+        raise DataError(
+            f"shard {path}: no Parquet file, or truncated: {error}; re-copy it"
+        ) from error
+    scan.offsets = np.array(starts, dtype=np.int64)
+    scan.rows_skipped = np.array(skipped_rows, dtype=np.int64)
+    return scan
+
+
+def _scan_group(
+    file: pq.ParquetFile, group: int, first: int, columns: Columns, path: str, scan: Scan
+) -> list[int]:
+    rows = file.metadata.row_group(group).num_rows
+    names = [columns.caption, *([columns.key] if columns.key else [])]
+    table = file.read_row_group(group, columns=names)
+    captions = _values(table, columns.caption)
+    no_image = _null_images(file, group, columns.image)
+    keys = _keys(table, columns, path, np.arange(first, first + rows))
+    bad = []
+    for row in range(rows):
+        caption = caption_of(captions[row])
+        reason = "missing-image" if no_image[row] else caption.reason
+        if reason:
+            scan.skipped[reason] += 1
+            bad.append(first + row)
+        else:
+            scan.keys.append(keys[row])
+            scan.invalid_utf8 += caption.replaced_utf8
+    return bad
+
+
+def _null_images(file: pq.ParquetFile, group: int, column: str) -> np.ndarray[Any, Any]:
+    """Tell which rows have no image: from the statistics where they settle it."""
+    meta = file.metadata.row_group(group)
+    for number in range(meta.num_columns):
+        chunk = meta.column(number)
+        stats = chunk.statistics
+        if chunk.path_in_schema == column and stats is not None and stats.has_null_count:
+            if stats.null_count in (0, meta.num_rows):
+                return np.full(meta.num_rows, stats.null_count > 0)
+    images = _images(file.read_row_group(group, columns=[column]), column)
+    return np.asarray(pc.is_null(images).to_numpy(zero_copy_only=False), dtype=bool)
+
+
+def read_parquet(
+    path: str,
+    store: Store,
+    name: str,
+    size: int,
+    source: SourceConfig,
+    offsets: Ints,
+    rows_skipped: Ints,
+    ordinals: Ints,
+) -> dict[int, Sample | BadSample]:
+    """Return the samples with these ordinals, sorted; reads the row groups they lie in."""
+    rows = skip(ordinals, rows_skipped)
+    row_groups = np.searchsorted(offsets, rows, side="right") - 1
+    result: dict[int, Sample | BadSample] = {}
+    try:
+        with open_parquet(store, name, size) as file:
+            columns = find_columns(path, file.schema_arrow, source)
+            names = [c for c in (columns.image, columns.caption, columns.key) if c]
+            for group in np.unique(row_groups).tolist():
+                mine = row_groups == group
+                local = rows[mine] - offsets[group]
+                table = file.read_row_group(group, columns=names).take(pa.array(local))
+                images = _images(table, columns.image).to_pylist()
+                captions = _values(table, columns.caption)
+                keys = _keys(table, columns, path, rows[mine])
+                for place, ordinal in enumerate(ordinals[mine].tolist()):
+                    result[ordinal] = _sample(path, keys[place], images[place], captions[place])
+    except (DamageError, DataError, IndexError) as error:
+        for ordinal in ordinals.tolist():
+            result.setdefault(ordinal, BadSample(f"#{ordinal}", "shard-damaged", str(error), path))
+    return result
+
+
+def _sample(path: str, key: str, image: bytes | None, text: Any) -> Sample | BadSample:
+    caption = caption_of(text)
+    if caption.reason or not image:
+        # Null rows are left out by the index; an empty image shows only here.
+        return BadSample(key, caption.reason or "empty-image", shard=path)
+    return Sample(key, image, caption.texts[0], caption.replaced_utf8, caption.texts[1:])
+
+
+def _images(table: pa.Table, column: str) -> pa.ChunkedArray:
+    name, _, leaf = column.rpartition(".") if column not in table.column_names else (column, "", "")
+    return pc.struct_field(table[name], leaf) if leaf else table[column]
+
+
+def _values(table: pa.Table, column: str) -> list[Any]:
+    """Return a caption column as Python values: bytes where it is text, valid UTF-8 or not."""
+    array = table[column]
+    kind = array.type
+    if pa.types.is_string(kind):
+        array = array.cast(pa.binary())
+    elif pa.types.is_large_string(kind):
+        array = array.cast(pa.large_binary())
+    elif pa.types.is_list(kind) and pa.types.is_string(kind.value_type):
+        array = array.cast(pa.list_(pa.binary()))
+    elif pa.types.is_dictionary(kind):
+        array = array.cast(pa.binary())
+    values: list[Any] = array.to_pylist()
+    return values
+
+
+def _keys(table: pa.Table, columns: Columns, path: str, rows: Ints) -> list[str]:
+    """Return the keys of some rows; without a key column: file name / row number."""
+    stem = split_uri(path)[1].rpartition(".")[0]
+    if columns.key is None:
+        return [f"{stem}/{row}" for row in rows.tolist()]
+    keys = table[columns.key].to_pylist()
+    return [
+        f"{stem}/{row}" if key is None else str(key)
+        for key, row in zip(keys, rows.tolist(), strict=True)
+    ]

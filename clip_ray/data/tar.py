@@ -1,0 +1,336 @@
+"""Tar shards: samples found by walking the headers, and read by byte ranges.
+
+The walk is our own because `tarfile` ends silently at a cut, cannot start in the middle, and
+costs more than decoding a small image. Names follow WebDataset: a sample's key is its members'
+path up to the first dot of the file name, and its members lie side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from clip_ray.data.quarantine import BadSample
+from clip_ray.data.samples import (
+    Caption,
+    Ints,
+    Sample,
+    Scan,
+    Suffixes,
+    caption_in_json,
+    caption_of,
+)
+from clip_ray.errors import DataError
+from clip_ray.storage import Store
+
+STRIDE = 8  # samples between recorded offsets: 1 byte a sample in the manifest
+BLOCK = 512
+_ZEROS = bytes(BLOCK)
+_LOCAL_CHUNK = 4096  # a header and a caption at once; image payloads are skipped
+_S3_CHUNK = 16 << 20  # a request costs ~50 ms: bytes are cheaper than round trips
+
+
+class Bytes(Protocol):
+    """Random access to (a part of) a file; a result is shorter only at the file's end."""
+
+    def get(self, start: int, stop: int) -> bytes:
+        """Return the bytes [start, stop) of the file."""
+
+
+class Member(NamedTuple):
+    """A regular file in a tar; `start` is where its first header (of any kind) begins."""
+
+    name: str
+    start: int
+    payload: int
+    size: int
+
+
+class CutError(Exception):
+    """The tar ends where it should go on; `between` when all its members are whole."""
+
+    def __init__(self, where: str, between: bool = False) -> None:
+        super().__init__(where)
+        self.between = between
+
+
+class DamageError(Exception):
+    """Bytes that are no tar header where one should be."""
+
+
+@dataclass
+class Group:
+    """Neighbouring members of one key: suffix -> (payload, size)."""
+
+    key: str
+    start: int
+    end: int = 0
+    parts: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+@dataclass
+class Window:
+    """A file read forward in chunks."""
+
+    store: Store
+    name: str
+    size: int
+    chunk: int
+    _start: int = 0
+    _data: bytes = b""
+
+    @classmethod
+    def over(cls, store: Store, name: str, size: int) -> Window:
+        """Return a window with the chunk size that suits the store."""
+        return cls(store, name, size, _S3_CHUNK if store.uri.startswith("s3://") else _LOCAL_CHUNK)
+
+    def get(self, start: int, stop: int) -> bytes:  # noqa: D102 - see Bytes
+        stop = min(stop, self.size)
+        if start >= stop:
+            return b""
+        if start < self._start or stop > self._start + len(self._data):
+            end = min(max(stop, start + self.chunk), self.size)
+            self._start, self._data = start, self.store.read(self.name, start, end)
+        return self._data[start - self._start : stop - self._start]
+
+
+@dataclass
+class Slab:
+    """A part of a file that lies in memory."""
+
+    start: int
+    data: bytes
+
+    def get(self, start: int, stop: int) -> bytes:  # noqa: D102 - see Bytes
+        return self.data[start - self.start : stop - self.start]
+
+
+def scan_tar(path: str, store: Store, name: str, size: int, suffixes: Suffixes) -> Scan:
+    """Walk a whole tar and return its valid samples.
+
+    Raises:
+        DataError: it is no tar, is damaged, or a sample's members do not lie side by side.
+    """
+    data = Window.over(store, name, size)
+    scan, starts, end = Scan(), [], 0
+    seen: set[str] = set()
+    try:
+        for group in groups(members(data, 0, size, complete=True), suffixes, scan):
+            if group.key in seen:
+                raise DataError(
+                    f"shard {path}: the members of sample {group.key!r} do not lie side by side; "
+                    "rewrite the shard with jobs/prepare.py (or tar --sort=name)"
+                )
+            seen.add(group.key)
+            caption = examine(group, data, suffixes)
+            if caption.reason:
+                scan.skipped[caption.reason] += 1
+                continue
+            scan.invalid_utf8 += caption.replaced_utf8
+            if len(scan.keys) % STRIDE == 0:
+                starts.append(group.start)
+            scan.keys.append(group.key)
+            end = group.end
+    except CutError as error:
+        whole = len(scan.keys)
+        least = whole if error.between else whole + 1
+        scan.truncated = f"truncated after sample {whole} of at least {least} ({error})"
+    except DamageError as error:
+        hint = "; gunzip it" if data.get(0, 2) == b"\x1f\x8b" else "; re-copy it"
+        raise DataError(f"shard {path}: no tar, or damaged: {error}{hint}") from error
+    scan.offsets = np.array([*starts, end] if starts else [], dtype=np.int64)
+    return scan
+
+
+def read_tar(
+    path: str, data: Slab, suffixes: Suffixes, first: int, wanted: set[int]
+) -> dict[int, Sample | BadSample]:
+    """Return the wanted samples of a slab that begins with the valid sample `first`."""
+    result: dict[int, Sample | BadSample] = {}
+    ordinal = first
+    stop = data.start + len(data.data)
+    try:
+        for group in groups(members(data, data.start, stop, complete=False), suffixes, None):
+            caption = examine(group, data, suffixes)
+            if caption.reason:
+                continue
+            if ordinal in wanted:
+                at, size = group.parts[_pick(group, suffixes.image)]
+                result[ordinal] = Sample(
+                    group.key,
+                    data.get(at, at + size),
+                    caption.texts[0],
+                    caption.replaced_utf8,
+                    caption.texts[1:],
+                )
+            ordinal += 1
+    except (CutError, DamageError) as error:
+        for lost in wanted - result.keys():
+            result[lost] = BadSample(f"#{lost}", "shard-damaged", str(error), path)
+    return result
+
+
+def ranges(offsets: Ints, ordinals: Ints, gap: int) -> list[tuple[int, int, int]]:
+    """Return the byte ranges that hold the ordinals: (start, stop, first ordinal), merged.
+
+    Args:
+        offsets: a tar shard's offsets.
+        ordinals: sorted samples.
+        gap: bytes that are rather read than jumped over.
+    """
+    merged: list[tuple[int, int, int]] = []
+    for block in np.unique(ordinals // STRIDE).tolist():
+        start, stop = int(offsets[block]), int(offsets[block + 1])
+        if merged and start - merged[-1][1] <= gap:
+            merged[-1] = (merged[-1][0], stop, merged[-1][2])
+        else:
+            merged.append((start, stop, block * STRIDE))
+    return merged
+
+
+def groups(walk: Iterator[Member], suffixes: Suffixes, scan: Scan | None) -> Iterator[Group]:
+    """Group neighbouring members by key; members of no known suffix are passed over."""
+    known = {*suffixes.image, *suffixes.caption}
+    group: Group | None = None
+    cut: CutError | None = None
+    try:
+        for member in walk:
+            folder, slash, base = member.name.rpartition("/")
+            stem, _, suffix = base.partition(".")
+            suffix = suffix.lower()
+            if suffix not in known or not stem:
+                if scan is not None:
+                    scan.unknown_suffixes[suffix] += 1
+                continue
+            key = folder + slash + stem
+            if group is None or group.key != key or suffix in group.parts:
+                if group is not None:
+                    yield group
+                group = Group(key, member.start)
+            group.parts[suffix] = (member.payload, member.size)
+            group.end = member.payload + member.size
+    except CutError as error:
+        cut = error
+    # The last group before a cut inside a member may lack that member: it is not whole.
+    if group is not None and (cut is None or cut.between):
+        yield group
+    if cut is not None:
+        raise cut
+
+
+def examine(group: Group, data: Bytes, suffixes: Suffixes) -> Caption:
+    """Return a group's caption, or the reason why the group is no valid sample.
+
+    The index and the reader both ask here: they must agree on which sample is the n-th.
+    """
+    image = _pick(group, suffixes.image)
+    if not image:
+        return Caption(reason="missing-image")
+    if group.parts[image][1] == 0:
+        return Caption(reason="empty-image")
+    suffix = _pick(group, suffixes.caption)
+    if not suffix:
+        return Caption(reason="missing-caption")
+    at, size = group.parts[suffix]
+    text = data.get(at, at + size)
+    return caption_in_json(text, suffixes.json_keys) if suffix == "json" else caption_of(text)
+
+
+def _pick(group: Group, suffixes: tuple[str, ...]) -> str:
+    return next((suffix for suffix in suffixes if suffix in group.parts), "")
+
+
+def members(data: Bytes, start: int, stop: int, complete: bool) -> Iterator[Member]:
+    """Walk the regular files of a tar between two header positions.
+
+    Args:
+        data: the bytes.
+        start: where a header begins.
+        stop: where the file, or the part of it, ends.
+        complete: the end-of-archive mark must be there: a file that was cut just between two
+            members shows in nothing else.
+
+    Raises:
+        CutError: the tar ends early.
+        DamageError: a header is none.
+    """
+    at = first = start
+    long_name: str | None = None
+    pax: dict[str, str] = {}
+    while at < stop:
+        header = data.get(at, at + BLOCK)
+        if len(header) < BLOCK:
+            raise CutError(f"in a header, at byte {stop}")
+        if header == _ZEROS:
+            return
+        kind, size = _check(header, at)
+        payload = at + BLOCK
+        if "size" in pax and kind not in b"xgLK":
+            size = int(pax["size"])
+        after = payload + -(-size // BLOCK) * BLOCK
+        if payload + size > stop:
+            raise CutError(f"in a member of {size} bytes, at byte {stop}")
+        if kind == b"L":
+            long_name = _text(data.get(payload, payload + size))
+        elif kind == b"x":
+            pax = _pax(data.get(payload, payload + size), at)
+        elif kind not in b"gK":
+            name = pax.get("path") or long_name or _name(header)
+            if kind in b"0\x007" and not name.endswith("/"):
+                yield Member(name, first, payload, size)
+            long_name, pax, first = None, {}, after
+        if after > stop and complete:
+            raise CutError(f"in padding, at byte {stop}")
+        at = after
+    if complete:
+        raise CutError(f"without an end mark, at byte {stop}", between=True)
+
+
+def _check(header: bytes, at: int) -> tuple[bytes, int]:
+    """Verify a header's checksum; return its type flag and size."""
+    try:
+        total = int(header[148:156].strip(b" \0") or b"0", 8)
+        if total != sum(header) - sum(header[148:156]) + 8 * 0x20:
+            raise ValueError("checksum")
+        if header[124] & 0x80:  # GNU base-256, for members of 8 GiB and more
+            size = int.from_bytes(header[125:136], "big")
+        else:
+            size = int(header[124:136].strip(b" \0") or b"0", 8)
+    except ValueError as error:
+        raise DamageError(f"no header at byte {at}") from error
+    return header[156:157], size
+
+
+def _name(header: bytes) -> str:
+    name = _text(header[:100])
+    # Only POSIX headers have a prefix: GNU's ("ustar  ") hold times in its place.
+    if header[257:263] == b"ustar\0" and header[345]:
+        return f"{_text(header[345:500])}/{name}"
+    return name
+
+
+def _text(data: bytes) -> str:
+    return data.split(b"\0", 1)[0].decode(errors="backslashreplace")
+
+
+def _pax(data: bytes, at: int) -> dict[str, str]:
+    """Parse pax records, a length, a key and a value each."""
+    found: dict[str, str] = {}
+    place = 0
+    try:
+        while place < len(data) and data[place] != 0:
+            space = data.index(b" ", place)
+            length = int(data[place:space])
+            if length <= 0 or place + length > len(data):
+                raise ValueError("length")
+            key, _, value = data[space + 1 : place + length - 1].partition(b"=")
+            found[key.decode(errors="replace")] = value.decode(errors="backslashreplace")
+            place += length
+        if "size" in found:
+            int(found["size"])
+    except ValueError as error:
+        raise DamageError(f"malformed pax header at byte {at}") from error
+    return found

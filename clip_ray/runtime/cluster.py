@@ -1,0 +1,297 @@
+"""Reaching a Ray cluster, sharing it out between training and data, and finding paths on it.
+
+The address is `cluster.address`, else RAY_ADDRESS, else a local Ray of our own. Ray's automatic
+detection is never used: an address file that a killed Ray left behind would mislead it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from clip_ray.config import ClusterConfig, Config
+from clip_ray.errors import ClusterError, ConfigError
+
+MIN_WORKER_CPUS = 0.25  # below this a worker and its process threads only fight for the core
+_PACKAGES = "working_dir_files"  # folder name of Ray's unpacked working directories
+
+
+@dataclass(frozen=True)
+class Share:
+    """How CPUs and GPUs are dealt out.
+
+    Attributes:
+        num_workers: training workers.
+        worker_cpus: CPUs reserved by each.
+        worker_gpus: GPUs of each, 0 or 1.
+        data_cpus: CPUs left to reading and decoding.
+        threads: torch threads of a worker.
+    """
+
+    num_workers: int
+    worker_cpus: float
+    worker_gpus: int
+    data_cpus: float
+    threads: int
+
+    def describe(self) -> str:
+        """Return the arithmetic as a sentence."""
+        each = f"{self.worker_cpus:g} CPU" + (" + 1 GPU" if self.worker_gpus else "")
+        return f"{self.num_workers} workers x {each}, {self.data_cpus:g} CPUs for data"
+
+
+def is_local(config: ClusterConfig) -> bool:
+    """Tell whether a run starts a Ray of its own."""
+    return (config.address or os.environ.get("RAY_ADDRESS") or "local") == "local"
+
+
+def inside_ray_package() -> bool:
+    """Tell whether the current directory is one that Ray unpacked for a job."""
+    return _PACKAGES in Path.cwd().parts
+
+
+def absolute(path: str) -> str:
+    """Return a path that stays the same when the job is submitted again.
+
+    Relative paths are relative to the current directory; inside a Ray job, whose directory has a
+    new name with every edited line, they are relative to the home directory instead.
+    """
+    if "://" in path or os.path.isabs(path):
+        return path
+    return str((Path.home() if inside_ray_package() else Path.cwd()) / path)
+
+
+@contextlib.contextmanager
+def connected(config: Config, wants_gpu: bool, token_dir: Path) -> Iterator[Share]:
+    """Connect to the run's Ray, yield what the run may use of it, and disconnect.
+
+    A local Ray is ours: it is started with the CPUs that the plan needs and ended on leaving.
+
+    Args:
+        config: the run's configuration.
+        wants_gpu: give each worker a GPU.
+        token_dir: where a local Ray's token is kept, readable by its owner only.
+
+    Raises:
+        ClusterError: the cluster cannot be reached, or lacks what was asked within
+            `cluster.start_timeout_s`.
+    """
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # How soon the controller notices a dead worker; Ray's default is 2 s.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    os.environ.setdefault(
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.cluster.start_timeout_s)
+    )
+    try:
+        if is_local(config.cluster):
+            share = local_share(config.cluster, wants_gpu)
+            _start_local(share, token_dir)
+        else:
+            address = config.cluster.address or os.environ["RAY_ADDRESS"]
+            _connect(address)
+            share = _cluster_share(config.cluster, wants_gpu)
+        yield share
+    finally:
+        ray.shutdown()
+
+
+def local_share(config: ClusterConfig, wants_gpu: bool) -> Share:
+    """Return the share on a Ray of our own, which is told to have the CPUs that this takes."""
+    cores = os.cpu_count() or 1
+    threads = max(cores // config.num_workers, 1)
+    return Share(
+        num_workers=config.num_workers,
+        worker_cpus=config.cpus_per_worker or 1,
+        worker_gpus=int(wants_gpu),
+        data_cpus=config.data_cpus or max(1, min(cores, 4)),
+        threads=threads,
+    )
+
+
+def _start_local(share: Share, token_dir: Path) -> None:
+    token_dir.mkdir(parents=True, exist_ok=True)
+    token = token_dir / "ray-token"
+    if not token.exists():
+        with open(os.open(token, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+    # Ray turns token authentication on by itself for a local start; it warns of that each time.
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    # A temp directory of our own: in Ray's, the address file of a killed Ray makes each shutdown
+    # wait 12 s for a head that is gone. Short, because socket paths end at 107 characters.
+    temp = Path(tempfile.gettempdir()) / f"clip-ray-{os.getuid()}"
+    temp.mkdir(mode=0o700, exist_ok=True)
+    os.environ["RAY_TMPDIR"] = str(temp)
+    cpus = share.num_workers * share.worker_cpus + share.data_cpus
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(1, round(cpus + 0.49)),
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=True,
+            logging_level=logging.WARNING,
+            _temp_dir=str(temp),
+        )
+    except Exception as error:  # Ray raises many kinds here
+        raise ClusterError(f"a local Ray could not be started: {error}") from error
+
+
+def _connect(address: str) -> None:
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    except Exception as error:
+        raise ClusterError(
+            f"no Ray answers at {address!r} ({type(error).__name__}: {error}); check "
+            "cluster.address and RAY_ADDRESS, or unset both to start a local Ray"
+        ) from error
+
+
+def _cluster_share(config: ClusterConfig, wants_gpu: bool) -> Share:
+    """Share out the CPUs of a running cluster; wait, bounded, for an autoscaler to bring them."""
+    deadline = time.monotonic() + config.start_timeout_s
+    while True:
+        found, problem = share_of(ray.cluster_resources(), ray.nodes(), config, wants_gpu)
+        if found is not None:
+            return found
+        if time.monotonic() > deadline:
+            raise ClusterError(problem)
+        time.sleep(1)
+
+
+def share_of(
+    total: dict[str, float], nodes: list[dict[str, Any]], config: ClusterConfig, wants_gpu: bool
+) -> tuple[Share | None, str]:
+    """Return the share that a cluster's resources allow, or none and the arithmetic of why not."""
+    cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
+    workers = config.num_workers
+    per_worker = config.cpus_per_worker
+    reserved = config.data_cpus or 1.0
+    if per_worker is None:
+        per_worker = min(1.0, (cpus - reserved) / workers)
+        per_worker = int(per_worker * 100) / 100  # Ray counts in units of 1/10000; keep it readable
+    left = cpus - workers * per_worker
+    asked = f"asked: {workers} workers x {max(per_worker, MIN_WORKER_CPUS):g} CPU"
+    if wants_gpu:
+        asked += " + 1 GPU"
+    asked += f", and {reserved:g} CPU for data"
+    there = f"the cluster has {cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)} nodes"
+    if per_worker < MIN_WORKER_CPUS or left < reserved:
+        return None, (
+            f"{asked}; {there}: lower cluster.num_workers or cluster.cpus_per_worker, or add CPUs"
+        )
+    if wants_gpu and gpus < workers:
+        return None, (
+            f"{asked}; {there}: lower cluster.num_workers, add GPUs, or set train.device cpu"
+        )
+    threads = max(int(per_worker), 1)
+    return Share(workers, per_worker, int(wants_gpu), left, threads), ""
+
+
+def wants_gpu(config: Config) -> bool:
+    """Tell whether the workers take a GPU each: `train.device`, or what there is under `auto`.
+
+    Raises:
+        ClusterError: a GPU is there that torch cannot use.
+    """
+    if config.train.device != "auto":
+        return config.train.device == "cuda"
+    if not is_local(config.cluster):
+        return _cluster_has_gpu(config)
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.device_count() >= config.cluster.num_workers
+    _refuse_unusable_gpu()
+    return False
+
+
+def _cluster_has_gpu(config: Config) -> bool:
+    address = config.cluster.address or os.environ["RAY_ADDRESS"]
+    _connect(address)
+    try:
+        return ray.cluster_resources().get("GPU", 0) >= config.cluster.num_workers
+    finally:
+        ray.shutdown()
+
+
+def _refuse_unusable_gpu() -> None:
+    import shutil
+    import subprocess
+
+    import torch
+
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return
+    query = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        seen = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return
+    if seen.returncode == 0 and seen.stdout.strip():
+        raise ClusterError(
+            f"nvidia-smi sees a GPU ({seen.stdout.strip().splitlines()[0]}) that torch "
+            f"{torch.__version__} (CUDA {torch.version.cuda}) cannot use: install a torch build "
+            "for this driver (make TORCH_INDEX=https://download.pytorch.org/whl/cu128 ...), or "
+            "set train.device cpu"
+        )
+
+
+def check_storage(config: Config, storage: str, tracking_uri: str | None) -> None:
+    """Refuse storage that some node of the cluster could not see.
+
+    On several nodes a local path is proved to be shared: every node reads back a nonce.
+
+    Raises:
+        ConfigError: the storage, or an sqlite tracking store, lies on one node only.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) <= 1 or storage.startswith("s3://"):
+        return
+    if tracking_uri is None or tracking_uri.startswith("sqlite"):
+        raise ConfigError(
+            f"tracking.uri {tracking_uri or '(sqlite in run.storage)'}: sqlite does not work over "
+            f"{len(nodes)} nodes; start an MLflow server and give its http:// address"
+        )
+    nonce = uuid.uuid4().hex
+    marker = Path(storage) / f".shared-{nonce}"
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    marker.write_text(nonce)
+    try:
+        checks = {
+            node["NodeManagerAddress"]: _reads_back.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            ).remote(str(marker), nonce)
+            for node in nodes
+        }
+        blind = [host for host, check in checks.items() if not ray.get(check, timeout=60)]
+    finally:
+        marker.unlink()
+    if blind:
+        raise ConfigError(
+            f"run.storage {storage}: not shared, {', '.join(blind)} cannot see it; use an s3:// "
+            "prefix or a directory that all nodes mount"
+        )
+
+
+@ray.remote(num_cpus=0)
+def _reads_back(path: str, nonce: str) -> bool:
+    try:
+        return Path(path).read_text() == nonce
+    except OSError:
+        return False

@@ -1,0 +1,162 @@
+"""The end of a run: export the weights, evaluate them on the cluster, sum up, register."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+from clip_ray import model as models
+from clip_ray.config import Config
+from clip_ray.errors import CheckpointError, ClipRayError
+from clip_ray.eval.evaluate import evaluate
+from clip_ray.eval.holdout import evaluate_holdout
+from clip_ray.eval.report import loss_curve, similarity_matrix
+from clip_ray.inference import Encoder
+from clip_ray.optim import build_optimizer
+from clip_ray.registry import load_export, register, write_export
+from clip_ray.runtime.cluster import Share
+from clip_ray.storage import open_store
+from clip_ray.tracking import Tracker
+from clip_ray.train.checkpoint import Checkpoints
+from clip_ray.train.journal import Row, lineage, read_journal
+from clip_ray.train.rundir import Run
+from clip_ray.train.state import Progress, restore
+
+EVALUATION_TIMEOUT_S = 3600.0
+
+
+def export_model(run: Run, run_id: str | None) -> str:
+    """Write the newest commit's weights to `export/`; return the model digest."""
+    found = Checkpoints(run.store).newest(lambda commit, why: None)
+    if found is None:
+        raise CheckpointError(f"{run.store.uri}: no checkpoint to export")
+    commit, files = found
+    model = models.build(run.config.model)
+    restore(model, build_optimizer(model, run.config.optim), files)
+    origin = {
+        "run": run.config.run.name,
+        "run_id": run_id,
+        "step": commit.step,
+        "manifest_digest": run.manifest.digest,
+        "plan_digest": run.plan.digest,
+    }
+    run.store.delete("export")
+    return write_export(run.store.child("export"), model, run.tokenizer, origin)
+
+
+def evaluate_model(run: Run, share: Share, say: Callable[[str], None]) -> dict[str, Row]:
+    """Evaluate the export on each data set and the hold-out, one Ray task each.
+
+    An evaluation that fails is reported under its data set as `error`; it does not fail the run.
+    """
+    task = _evaluate_task.options(num_cpus=1, num_gpus=share.worker_gpus)
+    jobs: dict[str, Any] = {}
+    for uri in run.config.eval.datasets:
+        jobs[uri.rstrip("/").rsplit("/", 1)[-1]] = task.remote(run.store.uri, run.config, uri, None)
+    if len(run.manifest.holdout_items()[0]):
+        jobs["holdout"] = task.remote(run.store.uri, run.config, None, ray.put(run.manifest))
+    results: dict[str, Row] = {}
+    for name, job in jobs.items():
+        say(f"evaluating on {name}")
+        try:
+            results[name] = ray.get(job, timeout=EVALUATION_TIMEOUT_S)
+        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
+            results[name] = {"error": str(error).strip().splitlines()[-1]}
+            say(f"! {name}: {results[name]['error']}")
+    return results
+
+
+@ray.remote
+def _evaluate_task(run_uri: str, config: Config, dataset: str | None, manifest: Any) -> Row:
+    model, tokenizer, info = load_export(open_store(run_uri, config.run.s3).child("export"))
+    encoder = Encoder(model, tokenizer, info, batch=config.eval.batch)
+    if dataset is None:
+        return evaluate_holdout(encoder, manifest, config.data)
+    return evaluate(encoder, dataset, config.eval.batch, s3=config.data.s3).to_dict()
+
+
+def summarize(
+    run: Run,
+    tracker: Tracker,
+    results: dict[str, Row],
+    digest: str,
+    begun: float,
+    say: Callable[[str], None],
+) -> Row:
+    """Write `summary.json`, send figures and results to MLflow, register the model version."""
+    config = run.config
+    commit = Checkpoints(run.store).commits()[-1]
+    checkpoints = Checkpoints(run.store)
+    rows = list(read_journal(run.store, "metrics"))
+    line = lineage(rows)
+    events = list(read_journal(run.store, "events"))
+    started = min((e["time"] for e in events if e["event"] == "attempt"), default=begun)
+    ended = rows[-1]["time"] if rows else begun
+    useful = sum(row["step_s"] for row in line)
+    progress = Progress.from_bytes(run.store.read(f"checkpoints/{commit.name}/state.json"))
+    summary: Row = {
+        "status": "finished",
+        "run": config.run.name,
+        "run_id": tracker.wait_run_id(10),
+        "steps": commit.step,
+        "samples": commit.step * config.train.global_batch,
+        "passes": round(run.plan.passes_at(commit.step), 3),
+        "loss": line[-1]["loss"] if line else progress.loss,
+        "samples_per_s": commit.step * config.train.global_batch / useful if useful else 0.0,
+        "seconds": ended - started,
+        "ettr": min(1.0, useful / max(ended - started, 1e-9)),
+        "attempts": sum(e["event"] == "attempt" for e in events),
+        "recomputed_steps": len(rows) - len(line),
+        "bad_samples": progress.bad,
+        "truncated_captions": progress.truncated,
+        "skipped_steps": progress.skipped,
+        "checkpoint": checkpoints.uri(commit),
+        "export": f"{run.store.uri}/export",
+        "digest": digest,
+        "manifest_digest": run.manifest.digest,
+        "evaluation": results,
+    }
+    for name, metrics in results.items():
+        numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
+        tracker.log_metrics({f"{name}/{k}": float(v) for k, v in numbers.items()}, commit.step)
+    _log_figures(run, tracker, line)
+    if config.tracking.register_model and summary["run_id"]:
+        name = config.tracking.model_name or config.run.name
+        try:
+            tags = {"step": str(commit.step), "run": config.run.name}
+            version = register(
+                run.store.child("export"), name, summary["run_id"], tags, tracker.uri
+            )
+            summary |= {"model_name": name, "model_version": version}
+        except ClipRayError as error:
+            say(f"! not registered: {error}")
+    run.store.write("summary.json", json.dumps(summary, indent=1).encode())
+    return summary
+
+
+def _log_figures(run: Run, tracker: Tracker, line: list[Row]) -> None:
+    figures = {"figures/loss.png": loss_curve(line)}
+    similarity = _similarity(run)
+    if similarity is not None:
+        figures["figures/similarity.png"] = similarity
+    for name, figure in figures.items():
+        run.store.write(name, figure)
+        tracker.log_figure(figure, name)
+
+
+def _similarity(run: Run) -> bytes | None:
+    """Draw the similarities of held-out pairs, or of the first training pairs without any."""
+    from clip_ray.eval.holdout import read_pairs
+
+    pairs = read_pairs(run.manifest, run.config.data, 16)
+    if not pairs:
+        return None
+    model, tokenizer, info = load_export(run.store.child("export"))
+    encoder = Encoder(model, tokenizer, info)
+    images = encoder.encode_images([p.image for p in pairs])
+    texts = encoder.encode_texts([p.caption for p in pairs])
+    shown = [p.caption if run.config.tracking.samples else p.key for p in pairs]
+    return similarity_matrix(images @ texts.T, shown, shown)

@@ -1,0 +1,208 @@
+"""What a run tells its user on the terminal: the block before step 1, one line, and a table."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any, TextIO
+
+from clip_ray.runtime.cluster import Share
+from clip_ray.tracking import Lag
+from clip_ray.train.journal import Row
+from clip_ray.train.rundir import Run
+
+LINE_S = 10.0  # seconds between lines where the terminal cannot be rewritten
+ETA_STEPS = 10  # before this the first steps' warm-up would dominate
+
+
+def start_block(
+    run: Run, share: Share, start_step: int, tracking_uri: str, command: list[str]
+) -> str:
+    """Return the lines shown before the first step."""
+    config, layout = run.config, run.layout(share.num_workers)
+    device = "GPU" if share.worker_gpus else f"CPU, {share.threads} threads each"
+    model_bytes = _checkpoint_bytes(run)
+    kept = config.checkpoint.keep_last + 1
+    buffer = run.plan.window * layout.rows * 3 * config.model.vision.image_size**2
+    here = "" if start_step == 0 else f", from step {start_step}"
+    mlflow = (
+        f"make ui STORAGE={config.run.storage}"
+        if tracking_uri.startswith("sqlite")
+        else tracking_uri
+    )
+    lines = [
+        ("run", f"{config.run.name} in {run.store.uri}"),
+        ("model", f"{config.model.name}, {config.train.precision}, vocabulary "
+                  f"{run.tokenizer.vocab_size}"),
+        ("data", f"{run.manifest.total} samples in {len(run.manifest)} shards; slots of "
+                 f"{run.plan.slot}, windows of {run.plan.window} steps"),
+        ("length", f"{run.total_steps} steps of {config.train.global_batch} = "
+                   f"{run.plan.passes_at(run.total_steps):.1f} passes{here}"),
+        ("cluster", f"{share.describe()}; {device}"),
+        ("memory", f"{_size(buffer)} of decoded samples buffered by each worker"),
+        ("storage", f"{_size(model_bytes * kept)} for {kept} checkpoints"
+                    f"{_free(run.store.uri, model_bytes * kept)}"),
+        ("MLflow", mlflow),
+        ("stop", "Ctrl-C or SIGTERM: commits, then ends"),
+        ("follow", f"{run.store.uri}/metrics.jsonl and events.jsonl"),
+        ("resume", " ".join(command)),
+    ]  # fmt: skip
+    return "\n".join(f"  {name:<8} {text}" for name, text in lines)
+
+
+def _checkpoint_bytes(run: Run) -> int:
+    import torch
+
+    from clip_ray import model as models
+
+    with torch.device("meta"):
+        model = models.build(run.config.model)
+    # Weights and AdamW's two moments, float32.
+    return 12 * sum(p.numel() for p in model.parameters())
+
+
+def _free(uri: str, needed: int) -> str:
+    if uri.startswith("s3://"):
+        return ""
+    free = shutil.disk_usage(Path(uri)).free
+    warning = "" if free > needed else "  TOO LITTLE: lower checkpoint.keep_last or free some"
+    return f", {_size(free)} free{warning}"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if count >= 10 or unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def duration(seconds: float) -> str:
+    """Return a length of time as a person would say it: 42s, 3m10s, 2h05m, 3d04h."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s}s"
+    if s < 3600:
+        return f"{s // 60}m{s % 60:02d}s"
+    if s < 86400:
+        return f"{s // 3600}h{s % 3600 // 60:02d}m"
+    return f"{s // 86400}d{s % 86400 // 3600:02d}h"
+
+
+class ProgressLine:
+    """Keeps one line on the terminal up to date; elsewhere prints one every ten seconds."""
+
+    def __init__(self, run: Run, start_step: int, out: TextIO) -> None:
+        self._run, self._out = run, out
+        self._is_terminal = out.isatty()
+        self._recent: deque[Row] = deque(maxlen=50)
+        self._first_step = start_step
+        self._shown = 0.0
+        self._commit: int | None = start_step or None
+        self._bad = 0
+        self._open = False
+
+    def committed(self, step: int) -> None:
+        """Note the newest commit."""
+        self._commit = step
+
+    def bad(self, row: Row) -> None:
+        """Note an undecodable sample; the first is named."""
+        self._bad += 1
+        if self._bad == 1:
+            self.note(
+                f"bad sample: {row['key']} in {row['shard']}: {row['reason']} (void; further ones "
+                "are counted and listed in quarantine.jsonl)"
+            )
+
+    def steps(self, rows: list[Row], lag: Lag) -> None:
+        """Take new journal rows and show where the run is."""
+        self._recent += rows
+        now = time.monotonic()
+        if not self._recent or not rows:
+            return
+        due = self._is_terminal or now - self._shown > LINE_S
+        if due or rows[-1]["step"] == self._run.total_steps:
+            self._shown = now
+            self._write(self._text(lag))
+
+    def note(self, text: str) -> None:
+        """Print a line of its own."""
+        self._end_line()
+        print(f"! {text}", file=self._out, flush=True)
+
+    def close(self) -> None:
+        """End the line."""
+        self._end_line()
+
+    def _end_line(self) -> None:
+        if self._open:
+            print(file=self._out, flush=True)
+            self._open = False
+
+    def _write(self, text: str) -> None:
+        if self._is_terminal:
+            width = shutil.get_terminal_size().columns
+            print(f"\r\x1b[K{text[: width - 1]}", end="", file=self._out, flush=True)
+            self._open = True
+        else:
+            print(text, file=self._out, flush=True)
+
+    def _text(self, lag: Lag) -> str:
+        last, total = self._recent[-1], self._run.total_steps
+        rows = list(self._recent)[-20:]
+        seconds = sum(row["step_s"] for row in rows) / len(rows)
+        wait = sum(row["data_wait"] for row in rows) / max(sum(r["step_s"] for r in rows), 1e-9)
+        rate = self._run.config.train.global_batch / seconds
+        enough = last["step"] - self._first_step >= ETA_STEPS
+        parts = [
+            f"step {last['step']}/{total}",
+            f"loss {last['loss']:.3f}",
+            f"{rate:.0f} samples/s",
+            f"data wait {100 * wait:.0f} %",
+            f"ETA {duration((total - last['step']) * seconds)}" if enough else "ETA ...",
+            f"commit {self._commit}" if self._commit else "no commit yet",
+        ]
+        if last["bad"]:
+            parts.append(f"{last['bad']} bad samples")
+        if lag.failures:
+            parts.append(f"MLflow behind by {lag.steps} steps")
+        return " · ".join(parts)
+
+
+def summary_table(summary: Row, run: Run) -> str:
+    """Return a finished run's results as a table, and the commands that come next."""
+    rows: list[tuple[str, str, str]] = []
+    for dataset, metrics in summary.get("evaluation", {}).items():
+        for name, value in metrics.items():
+            if "chance" in name or not isinstance(value, float):
+                continue
+            chance = metrics.get(_chance_of(name))
+            against = f"chance {100 * chance:.2g} %" if chance is not None else ""
+            shown = f"{100 * value:.1f} %" if value <= 1 and "loss" not in name else f"{value:.3f}"
+            rows.append((f"{dataset} {name}", shown, against))
+    facts: list[tuple[str, Any]] = [
+        ("loss", f"{summary['loss']:.3f}"),
+        ("samples/s", f"{summary['samples_per_s']:.0f}"),
+        ("time", f"{duration(summary['seconds'])}, {100 * summary['ettr']:.0f} % of it in steps"),
+        ("checkpoint", summary["checkpoint"]),
+        ("export", summary["export"]),
+        ("MLflow run", summary["run_id"] or "not recorded yet"),
+    ]
+    if summary.get("model_version"):
+        name, version = summary["model_name"], summary["model_version"]
+        facts.append(("registered", f"{name} version {version}"))
+    rows += [(name, str(value), "") for name, value in facts]
+    width = max(len(name) for name, _, _ in rows)
+    value_width = max((len(v) for _, v, against in rows if against), default=0)
+    return "\n".join(
+        f"  {name:<{width}}  {value:<{value_width}}  {against}".rstrip()
+        for name, value, against in rows
+    )
+
+
+def _chance_of(metric: str) -> str:
+    head, _, last = metric.rpartition(".")
+    return f"{head}.chance_{last}"

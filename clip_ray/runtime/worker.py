@@ -1,0 +1,355 @@
+"""What runs in each Ray Train worker: set up one attempt, run the loop, commit.
+
+An attempt begins with a decision of rank 0 (its number, the commit to start from) that all ranks
+share. Errors that a retry cannot mend are returned, so that the driver can raise them; everything
+else is raised here and makes Ray Train start the group again.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from clip_ray import model as models
+from clip_ray.config import Config
+from clip_ray.config.load import dump_config
+from clip_ray.data.blocks import Layout
+from clip_ray.errors import CheckpointError, ClipRayError
+from clip_ray.optim import build_optimizer
+from clip_ray.runtime.cluster import Share
+from clip_ray.runtime.data import BatchStream
+from clip_ray.runtime.recorder import Reporter
+from clip_ray.storage import open_store
+from clip_ray.train.checkpoint import Checkpoints, Commit
+from clip_ray.train.journal import Row
+from clip_ray.train.loop import Outcome, train
+from clip_ray.train.state import Progress, broadcast, restore, snapshot
+
+JOURNAL_TIMEOUT_S = 60.0
+COMMIT_TIMEOUT_S = 900.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker needs to know; sent once, when the run starts.
+
+    Attributes:
+        config: resolved; its model has the tokenizer's vocabulary size.
+        run_uri: the run's directory.
+        total_steps: the run's length.
+        samples_per_pass: training samples of the data.
+        plan_digest: what a commit's position must refer to.
+        layout: how blocks are dealt to this number of workers.
+        reader: a BlockReader in the object store, in a list: Ray would fetch a bare reference.
+        recorder: the recorder actor.
+        share: CPUs and GPUs.
+        tokenizer: serialised, saved with each commit.
+        driver: unique to the job that started the attempt; enters its record.
+    """
+
+    config: Config
+    run_uri: str
+    total_steps: int
+    samples_per_pass: int
+    plan_digest: str
+    layout: Layout
+    reader: list[ray.ObjectRef]
+    recorder: Any
+    share: Share
+    tokenizer: bytes
+    driver: str
+
+
+@dataclass
+class Result:
+    """What a worker hands to the driver.
+
+    Attributes:
+        outcome: how the loop ended; none where the attempt could not begin.
+        error: the message of an error that a retry cannot mend, and its class's name.
+    """
+
+    outcome: Outcome | None = None
+    error: tuple[str, str] | None = None
+
+
+def run_worker(settings: dict[str, Job]) -> Result:
+    """Run attempts until the run ends; called by Ray Train in every worker, with {"job": Job}."""
+    job = settings["job"]
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    torch.set_num_threads(job.share.threads)
+    device = torch.device("cuda", context.get_local_rank()) if job.share.worker_gpus else None
+    if device is not None:
+        device = ray.train.torch.get_device()
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    device = device or torch.device("cpu")
+    reporter = Reporter(job.recorder)
+    last_rollback: int | None = None
+    while True:
+        attempt = _begin(job, rank, device, reporter)
+        if isinstance(attempt, tuple):
+            return Result(error=attempt)
+        outcome = attempt.run()
+        if outcome.reason != "nonfinite":
+            return Result(outcome=outcome)
+        step = outcome.progress.step
+        if last_rollback == step:
+            return Result(outcome=outcome)
+        # Once: a hardware fault does not come back, bad data or a bad learning rate does.
+        last_rollback = step
+        attempt.event("rollback", step=step, reason="loss or gradient not finite")
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Rank 0's decision, shared with all."""
+
+    attempt: int
+    progress: Progress
+    commit: Commit | None
+    error: tuple[str, str] | None = None
+
+
+def _begin(
+    job: Job, rank: int, device: torch.device, reporter: Reporter
+) -> _Attempt | tuple[str, str]:
+    """Build model and optimizer, and load the commit that rank 0 chose, on every rank."""
+    model = models.build(job.config.model, seed=job.config.run.seed).to(device)
+    optimizer = build_optimizer(model, job.config.optim)
+    decision: list[Any] = [None]
+    if rank == 0:
+        try:
+            decision = [_decide(job, model, optimizer, reporter)]
+        except ClipRayError as error:
+            failed = _Start(0, Progress(0, ""), None, (type(error).__name__, str(error)))
+            decision = [failed]
+    world_size = ray.train.get_context().get_world_size()
+    if world_size > 1:
+        dist.broadcast_object_list(decision, src=0)
+    start: _Start = decision[0]
+    if start.error is not None:
+        return start.error
+    if world_size > 1:
+        broadcast(model, optimizer, start.commit is not None)
+    return _Attempt(job, rank, world_size, device, model, optimizer, start, reporter)
+
+
+def _decide(
+    job: Job, model: torch.nn.Module, optimizer: torch.optim.Optimizer, reporter: Reporter
+) -> _Start:
+    run = open_store(job.run_uri, job.config.run.s3)
+    checkpoints = Checkpoints(run)
+    number = checkpoints.begin_attempt({"driver": job.driver})
+    events: list[Row] = []
+
+    def rejected(commit: Commit, why: str) -> None:
+        events.append({"event": "commit_rejected", "commit": commit.name, "why": why})
+
+    found = checkpoints.newest(rejected)
+    progress, commit = Progress(0, job.plan_digest), None
+    if found is not None:
+        commit, files = found
+        progress = Progress.from_bytes(files["state.json"])
+        if progress.plan_digest != job.plan_digest:
+            raise CheckpointError(
+                f"{checkpoints.uri(commit)} belongs to plan {progress.plan_digest[:12]}, the run's "
+                f"is {job.plan_digest[:12]}: data, seed, batch or window sizes have changed; give "
+                "the run another name (--run.name)"
+            )
+        restore(model, optimizer, files)
+    checkpoints.prune(
+        job.config.checkpoint.keep_last, job.config.checkpoint.keep_every, pinned=commit
+    )
+    context = ray.train.get_context()
+    events.append(
+        {
+            "event": "attempt",
+            "from_step": progress.step,
+            "commit": commit.name if commit else None,
+            "world_size": context.get_world_size(),
+            "pid": os.getpid(),
+        }
+    )
+    stamped = [{"time": time.time(), "attempt": number, **event} for event in events]
+    reporter.add("events", stamped)
+    return _Start(number, progress, commit)
+
+
+class _Attempt:
+    """One attempt on one rank; the loop's hooks."""
+
+    def __init__(
+        self,
+        job: Job,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        start: _Start,
+        reporter: Reporter,
+    ) -> None:
+        self._job, self._rank, self._device = job, rank, device
+        self._start, self._reporter = start, reporter
+        self._bare, self._optimizer = model, optimizer
+        if job.config.train.compile:
+            model.compile()
+        self._model: torch.nn.Module = model
+        if world_size > 1:
+            self._model = DistributedDataParallel(
+                model,
+                device_ids=[device] if device.type == "cuda" else None,
+                # Micro-batches: unequal forward counts would leave ranks waiting for each other.
+                forward_sync_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+        self._checkpoints = Checkpoints(open_store(job.run_uri, job.config.run.s3))
+        self._writer: threading.Thread | None = None
+        self._writer_error: BaseException | None = None
+        self._profiler: Any = None
+
+    def run(self) -> Outcome:
+        """Run the loop to its end, and wait for the last commit."""
+        job = self._job
+        stream = BatchStream(
+            job.recorder,
+            f"streams/{self._start.attempt}",
+            job.reader[0],
+            job.layout,
+            self._rank,
+            self._start.progress.step,
+            job.total_steps,
+            job.share.data_cpus,
+        )
+        try:
+            outcome = train(
+                self._model,
+                self._optimizer,
+                iter(stream),
+                self._start.progress,
+                config=job.config,
+                total_steps=job.total_steps,
+                samples_per_pass=job.samples_per_pass,
+                device=self._device,
+                attempt=self._start.attempt,
+                hooks=self,
+            )
+        finally:
+            stream.close()
+        self._join_writer()
+        self._reporter.drain(JOURNAL_TIMEOUT_S)
+        return outcome
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Journal an event, on rank 0."""
+        if self._rank == 0:
+            row = {"time": time.time(), "attempt": self._start.attempt, "event": name, **fields}
+            self._reporter.add("events", [row])
+
+    def record(self, row: Row) -> None:
+        """See `train.loop.Hooks`."""
+        self._profile(row["step"])
+        self._reporter.add("metrics", [row])
+
+    def quarantine(self, rows: list[Row]) -> None:
+        """See `train.loop.Hooks`."""
+        self._reporter.add("quarantine", rows)
+
+    def wants_stop(self) -> bool:
+        """See `train.loop.Hooks`."""
+        return self._reporter.stop_requested
+
+    def commit(self, progress: Progress) -> None:
+        """See `train.loop.Hooks`: rank 0 takes a snapshot, a thread writes it."""
+        if self._rank != 0:
+            return
+        self._join_writer()
+        begun = time.perf_counter()
+        files: dict[str, Any] = {
+            **snapshot(self._bare, self._optimizer),
+            "state.json": progress.to_bytes(),
+            "config.yaml": dump_config(self._job.config).encode(),
+            "tokenizer.json": self._job.tokenizer,
+        }
+        stall = time.perf_counter() - begun
+        self._writer = threading.Thread(
+            target=self._write, args=(Commit(progress.step, self._start.attempt), files, stall)
+        )
+        self._writer.start()
+
+    def _write(self, commit: Commit, files: dict[str, Any], stall_s: float) -> None:
+        begun = time.perf_counter()
+        try:
+            digest = self._checkpoints.write(
+                commit,
+                files,
+                # No row of a step that a commit covers may be lost with the recorder.
+                before_commit=lambda: self._reporter.drain(JOURNAL_TIMEOUT_S),
+            )
+            config = self._job.config.checkpoint
+            self._checkpoints.prune(config.keep_last, config.keep_every)
+        except BaseException as error:
+            self._writer_error = error
+            return
+        self.event(
+            "commit",
+            step=commit.step,
+            commit=commit.name,
+            uri=self._checkpoints.uri(commit),
+            digest=digest,
+            stall_s=round(stall_s, 4),
+            write_s=round(time.perf_counter() - begun, 3),
+        )
+
+    def _join_writer(self) -> None:
+        """Wait for the commit in the making; raise what went wrong with it."""
+        if self._writer is not None:
+            self._writer.join(timeout=COMMIT_TIMEOUT_S)
+            if self._writer.is_alive():
+                raise TimeoutError(f"a commit is not written after {COMMIT_TIMEOUT_S:g} s")
+            self._writer = None
+        if self._writer_error is not None:
+            error, self._writer_error = self._writer_error, None
+            raise error
+
+    def _profile(self, step: int) -> None:
+        """Record a torch trace of `train.profile_steps`, on rank 0."""
+        wanted = self._job.config.train.profile_steps
+        if wanted is None:
+            return
+        if step == wanted[0] - 1 or (step == wanted[0] and self._profiler is None):
+            self._profiler = torch.profiler.profile()
+            self._profiler.start()
+        elif step == wanted[1] and self._profiler is not None:
+            self._profiler.stop()
+            run = open_store(self._job.run_uri, self._job.config.run.s3)
+            run.put(f"trace-{step:08d}.json", self._export_trace)
+            self._profiler = None
+            self.event("trace", step=step, uri=f"{run.uri}/trace-{step:08d}.json")
+
+    def _export_trace(self, path: Path) -> None:
+        self._profiler.export_chrome_trace(str(path))
+
+
+def with_vocabulary(config: Config, vocab_size: int) -> Config:
+    """Return the config with the model's vocabulary size set to the tokenizer's."""
+    text = replace_section(config.model.text, vocab_size=vocab_size)
+    return replace_section(config, model=replace_section(config.model, text=text))
+
+
+def replace_section(section: Any, **changes: Any) -> Any:
+    """Return a copy of a config section with fields changed."""
+    return section.model_copy(update=changes)

@@ -1,0 +1,219 @@
+"""Commits: checkpoints that are complete, verified and never rewritten.
+
+A checkpoint is a directory `checkpoints/step-00001234.a3/` of the run. Its files are written
+first; `COMMIT`, which lists their sizes and digests, is created last and by one writer only. So a
+directory without COMMIT does not exist for a reader, whatever killed its writer. The attempt
+number in the name (`.a3`) is drawn exclusively, and a writer looks for newer attempts before it
+commits: a process that was thought dead and wakes up cannot disturb its successor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clip_ray.errors import CheckpointError
+from clip_ray.storage import FileDigest, Store, digest_bytes
+
+FORMAT = 1
+COMMIT = "COMMIT"
+_NAME = re.compile(r"^step-(\d{8,})\.a(\d+)$")
+
+Fill = Callable[[Path], None]
+
+
+@dataclass(frozen=True, order=True)
+class Commit:
+    """A committed checkpoint; the order is that of progress."""
+
+    step: int
+    attempt: int
+
+    @property
+    def name(self) -> str:
+        """Directory name, as in `step-00001234.a3`."""
+        return f"step-{self.step:08d}.a{self.attempt}"
+
+
+class Checkpoints:
+    """The commits of one run.
+
+    Args:
+        run: the run's directory.
+    """
+
+    def __init__(self, run: Store) -> None:
+        self._run = run
+        self._store = run.child("checkpoints")
+
+    def uri(self, commit: Commit) -> str:
+        """Return the path or URI of a commit's directory."""
+        return self._store.child(commit.name).uri
+
+    def begin_attempt(self, info: Mapping[str, object]) -> int:
+        """Draw the next attempt number, exclusively, and record `info` under it."""
+        while True:
+            number = self.newest_attempt() + 1
+            record = {
+                **info,
+                "attempt": number,
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "started": time.time(),
+                "token": uuid.uuid4().hex,
+            }
+            try:
+                self._run.create(f"attempts/{number:05d}.json", json.dumps(record).encode())
+            except FileExistsError:
+                continue
+            return number
+
+    def newest_attempt(self) -> int:
+        """Return the highest attempt number drawn so far; 0 before the first."""
+        names = self._run.child("attempts").files()
+        return max((int(name.split(".")[0]) for name in names), default=0)
+
+    def commits(self) -> list[Commit]:
+        """Return the committed checkpoints, oldest first; their bytes are not verified."""
+        found = [
+            Commit(int(m[1]), int(m[2]))
+            for name in self._store.directories()
+            if (m := _NAME.match(name)) and self._store.exists(f"{name}/{COMMIT}")
+        ]
+        return sorted(found)
+
+    def write(
+        self,
+        commit: Commit,
+        files: Mapping[str, bytes | Fill],
+        *,
+        before_commit: Callable[[], None] = lambda: None,
+    ) -> str:
+        """Write a checkpoint and commit it.
+
+        Args:
+            commit: its step and the attempt that writes it.
+            files: content of each file, or a function that writes it at a local path.
+            before_commit: called when all files are written, before COMMIT is.
+
+        Returns:
+            The digest of the commit.
+
+        Raises:
+            CheckpointError: a newer attempt has begun, or the checkpoint exists.
+        """
+        folder = self._store.child(commit.name)
+        digests: dict[str, FileDigest] = {}
+        for name, content in files.items():
+            if isinstance(content, bytes):
+                folder.write(name, content)
+                digests[name] = digest_bytes(content)
+            else:
+                digests[name] = folder.put(name, content)
+        before_commit()
+        newest = self.newest_attempt()
+        if newest != commit.attempt:
+            raise CheckpointError(
+                f"{folder.uri}: attempt {newest} has begun since; attempt {commit.attempt} "
+                "writes nothing more"
+            )
+        listing = [
+            {"name": name, "size": d.size, "sha256": d.sha256} for name, d in digests.items()
+        ]
+        record = {
+            "format": FORMAT,
+            "step": commit.step,
+            "attempt": commit.attempt,
+            "files": listing,
+            "token": uuid.uuid4().hex,
+        }
+        data = json.dumps(record, indent=1).encode()
+        try:
+            folder.create(COMMIT, data)
+        except FileExistsError as error:
+            raise CheckpointError(f"{folder.uri} is committed already") from error
+        return digest_bytes(data).sha256
+
+    def verify(self, commit: Commit) -> dict[str, bytes]:
+        """Read a checkpoint whole, checking every byte.
+
+        Returns:
+            The content of its files by name.
+
+        Raises:
+            CheckpointError: a file is missing, or not what COMMIT says.
+        """
+        folder = self._store.child(commit.name)
+        record = self._record(commit)
+        content: dict[str, bytes] = {}
+        for entry in record["files"]:
+            name = entry["name"]
+            try:
+                data = folder.read(name)
+            except FileNotFoundError as error:
+                raise CheckpointError(f"{folder.uri}/{name} is missing") from error
+            found = digest_bytes(data)
+            if found != FileDigest(entry["size"], entry["sha256"]):
+                raise CheckpointError(
+                    f"{folder.uri}/{name}: {found.size} bytes with sha256 {found.sha256[:12]}..., "
+                    f"COMMIT says {entry['size']} with {entry['sha256'][:12]}..."
+                )
+            content[name] = data
+        return content
+
+    def _record(self, commit: Commit) -> dict[str, Any]:
+        folder = self._store.child(commit.name)
+        try:
+            record: dict[str, Any] = json.loads(folder.read(COMMIT))
+            known = record["format"] <= FORMAT
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{folder.uri}/{COMMIT} is damaged: {error}") from error
+        if not known:
+            raise CheckpointError(
+                f"{folder.uri} has format {record['format']}, this version reads up to {FORMAT}; "
+                "upgrade clip-ray to use it"
+            )
+        return record
+
+    def newest(
+        self, rejected: Callable[[Commit, str], None]
+    ) -> tuple[Commit, dict[str, bytes]] | None:
+        """Return the newest commit that verifies, and its files; none where there is none.
+
+        Args:
+            rejected: told each newer commit that did not verify, and why.
+        """
+        for commit in reversed(self.commits()):
+            try:
+                return commit, self.verify(commit)
+            except (CheckpointError, FileNotFoundError) as error:
+                rejected(commit, str(error))
+        return None
+
+    def prune(self, keep_last: int, keep_every: int | None, pinned: Commit | None = None) -> None:
+        """Delete what need not be kept: old commits, COMMIT first, and orphans.
+
+        An orphan is a directory without COMMIT that an earlier attempt left.
+        """
+        commits = self.commits()
+        keep = set(commits[-keep_last:])
+        keep |= {c for c in commits if keep_every and c.step % keep_every == 0}
+        keep |= {pinned} if pinned else set()
+        for commit in commits:
+            if commit not in keep:
+                self._store.delete(f"{commit.name}/{COMMIT}")
+                self._store.delete(commit.name)
+        attempt = self.newest_attempt()
+        committed = {commit.name for commit in commits}
+        for name in self._store.directories():
+            match = _NAME.match(name)
+            if match and name not in committed and int(match[2]) < attempt:
+                self._store.delete(name)

@@ -1,0 +1,108 @@
+"""A run's journals: JSON lines that are on storage before anything depends on them.
+
+On a local disk a journal is one file. On S3, where nothing can be appended to, it is numbered
+parts, joined under the stable name when the run ends. Rows are only ever added: when steps are
+recomputed after a crash, the later attempt's rows supersede the earlier ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from clip_ray.storage import LocalStore, Store
+
+Row = dict[str, Any]
+
+
+class Journal:
+    """Appends rows to `<run>/<name>.jsonl`. One process writes a journal at a time."""
+
+    def __init__(self, run: Store, name: str) -> None:
+        self._run, self._name = run, name
+        self._pending: list[str] = []
+        self._path = Path(run.uri) / f"{name}.jsonl" if isinstance(run, LocalStore) else None
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            _cut_torn_line(self._path)
+        else:
+            parts = run.child(f"{name}.parts").files()
+            self._next_part = 1 + max((int(p.split(".")[0]) for p in parts), default=0)
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Add rows; they are durable after `flush`."""
+        self._pending += [json.dumps(row, separators=(",", ":")) + "\n" for row in rows]
+        if self._path is not None and self._pending:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.writelines(self._pending)
+            self._pending = []
+
+    def flush(self) -> None:
+        """Make all appended rows durable."""
+        if self._path is not None:
+            if self._path.exists():
+                with open(self._path, "rb+") as file:
+                    os.fsync(file.fileno())
+        elif self._pending:
+            name = f"{self._name}.parts/{self._next_part:08d}.jsonl"
+            self._run.write(name, "".join(self._pending).encode())
+            self._next_part += 1
+            self._pending = []
+
+    def join(self) -> None:
+        """Write the whole journal under its stable name, where it is in parts."""
+        self.flush()
+        if self._path is None and self._next_part > 1:
+            self._run.write(f"{self._name}.jsonl", b"".join(_parts(self._run, self._name)))
+
+
+def read_journal(run: Store, name: str) -> Iterator[Row]:
+    """Yield a journal's rows, in the order in which they were added; a torn last line is left out.
+
+    Yields nothing where there is no such journal.
+    """
+    if isinstance(run, LocalStore):
+        pieces: Iterable[bytes] = [run.read(f"{name}.jsonl")] if run.exists(f"{name}.jsonl") else []
+    else:
+        pieces = _parts(run, name)
+    for piece in pieces:
+        for line in piece.splitlines(keepends=True):
+            if line.endswith(b"\n"):
+                yield json.loads(line)
+
+
+def lineage(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows of the steps that led to the final weights, by step.
+
+    A later attempt resumed from a commit at the step before its first row, so its rows take the
+    place of all earlier attempts' rows from there on.
+    """
+    kept: dict[int, Row] = {}
+    newest = 0
+    for row in rows:
+        if row["attempt"] > newest:
+            newest = row["attempt"]
+            for step in [s for s in kept if s >= row["step"]]:
+                del kept[step]
+        if row["attempt"] == newest:
+            kept[row["step"]] = row
+    return [kept[step] for step in sorted(kept)]
+
+
+def _parts(run: Store, name: str) -> list[bytes]:
+    folder = run.child(f"{name}.parts")
+    return [folder.read(part) for part in folder.files()]
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Remove what a killed writer left after the last newline."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        with open(path, "rb+") as file:
+            file.truncate(whole)

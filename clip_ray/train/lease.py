@@ -1,0 +1,112 @@
+"""The lease: one live job writes a run, and a second one is told who does.
+
+The holder renews a file in the run's directory. A holder that has died is taken over: at once
+where it ran on this host and its process is gone, else when it has not renewed for a minute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from clip_ray.errors import CheckpointError
+from clip_ray.storage import Store
+
+RENEW_S = 10.0
+EXPIRE_S = 60.0
+_FOLDER = "lease"
+
+
+@contextlib.contextmanager
+def held_lease(run: Store) -> Iterator[None]:
+    """Hold the run's lease for the duration of the block.
+
+    Raises:
+        CheckpointError: another live job holds it; the message says which.
+    """
+    token = uuid.uuid4().hex
+    number = _take(run, token)
+    ended = threading.Event()
+    renewer = threading.Thread(
+        target=_renew, args=(run, number, token, ended), name="lease", daemon=True
+    )
+    renewer.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        renewer.join(timeout=EXPIRE_S)
+        run.delete(f"{_FOLDER}/{number:08d}.json")
+
+
+def _take(run: Store, token: str) -> int:
+    """Create the next lease file, exclusively, once no earlier one is alive."""
+    while True:
+        newest = max((int(n.split(".")[0]) for n in run.child(_FOLDER).files()), default=0)
+        if newest:
+            try:
+                holder = json.loads(run.read(f"{_FOLDER}/{newest:08d}.json"))
+            except FileNotFoundError:
+                continue  # released between the listing and the reading
+            if _alive(holder):
+                raise CheckpointError(
+                    f"run {run.uri} is being written by process {holder['pid']} on "
+                    f"{holder['host']} (since {time.ctime(holder['since'])}); wait for it, stop "
+                    "it, or give this run another name (--run.name)"
+                )
+        try:
+            run.create(f"{_FOLDER}/{newest + 1:08d}.json", _content(token, time.time()))
+        except FileExistsError:
+            continue
+        for old in range(max(newest - 3, 1), newest + 1):
+            run.delete(f"{_FOLDER}/{old:08d}.json")
+        return newest + 1
+
+
+def _content(token: str, since: float) -> bytes:
+    fields = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "process_started": _process_started(os.getpid()),
+        "since": since,
+        "renewed": time.time(),
+        "token": token,
+    }
+    return json.dumps(fields).encode()
+
+
+def _alive(holder: dict[str, object]) -> bool:
+    if holder["host"] == socket.gethostname():
+        started = _process_started(int(str(holder["pid"])))
+        return started is not None and started == holder["process_started"]
+    return time.time() - float(str(holder["renewed"])) < EXPIRE_S
+
+
+def _process_started(pid: int) -> str | None:
+    """Return what tells a process from a later one with the same number; None if there is none."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    stat = Path(f"/proc/{pid}/stat")
+    if stat.exists():
+        # Field 22, counted behind the name in brackets: start time in clock ticks since boot.
+        return stat.read_text().rpartition(")")[2].split()[19]
+    return "alive"
+
+
+def _renew(run: Store, number: int, token: str, ended: threading.Event) -> None:
+    since = time.time()
+    while not ended.wait(RENEW_S):
+        # Storage may be down for a while; the next renewal may succeed.
+        with contextlib.suppress(OSError):
+            run.write(f"{_FOLDER}/{number:08d}.json", _content(token, since))

@@ -1,0 +1,320 @@
+"""The training loop: steps over batches, exact on any number of workers. It needs no Ray.
+
+Everything that touches the outside (batches, journal, commits, the wish to stop) is passed in,
+so the same loop runs under Ray Train, under torchrun and in a test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from clip_ray.config import Config
+from clip_ray.contrastive import clip_loss, contrastive_step
+from clip_ray.data.blocks import Batch
+from clip_ray.data.plan import sample_hash
+from clip_ray.errors import TrainingError
+from clip_ray.optim import clamp_logit_scale, learning_rate
+from clip_ray.train.state import Progress
+
+PHASES = ("data_wait", "copy", "forward", "loss", "backward", "optimizer", "checkpoint")
+_DIGEST_PIECES = 6
+_PIECE_BITS = 11  # six 11-bit pieces hold 64 bits; their sums over 8,000 workers fit 24 bits
+MIN_SEEN = 1000  # samples before the share of bad ones is judged
+
+
+class Hooks(Protocol):
+    """What the loop asks of its surroundings; called on the training thread of every rank."""
+
+    def record(self, row: dict[str, Any]) -> None:
+        """Take a step's journal row; rank 0 only. Must not block."""
+
+    def quarantine(self, rows: list[dict[str, Any]]) -> None:
+        """Take this rank's undecodable samples of a step. Must not block."""
+
+    def wants_stop(self) -> bool:
+        """Tell whether this rank has been asked to stop. Must not block."""
+
+    def commit(self, progress: Progress) -> None:
+        """Take a snapshot for a commit; may write it in the background."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Why the loop ended, and where.
+
+    Attributes:
+        reason: "finished", "stopped" (asked to), "bad-data" (over the limit) or "nonfinite".
+        progress: the counters at the end.
+    """
+
+    reason: Literal["finished", "stopped", "bad-data", "nonfinite"]
+    progress: Progress
+
+
+@dataclass
+class Clock:
+    """Splits a step's time into phases; on CUDA by events, which do not hold up the device."""
+
+    device: torch.device
+    _marks: list[tuple[str, Any]] = field(default_factory=list)
+
+    def start(self) -> None:
+        """Begin a step."""
+        self._marks = [("", self._now())]
+
+    def mark(self, phase: str) -> None:
+        """End a phase: the time since the last mark is its."""
+        self._marks.append((phase, self._now()))
+
+    def _now(self) -> Any:
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event
+        return time.perf_counter()
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds of each phase of the step; on CUDA the device must have done it."""
+        total = dict.fromkeys(PHASES, 0.0)
+        for (_, before), (phase, now) in zip(self._marks, self._marks[1:], strict=False):
+            is_event = self.device.type == "cuda"
+            total[phase] += before.elapsed_time(now) / 1000 if is_event else now - before
+        return total
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterator[Batch],
+    progress: Progress,
+    *,
+    config: Config,
+    total_steps: int,
+    samples_per_pass: int,
+    device: torch.device,
+    attempt: int,
+    hooks: Hooks,
+) -> Outcome:
+    """Train from `progress` to `total_steps`, or until asked to stop.
+
+    Called by every rank. All ranks take the same decisions at the same step: what they are taken
+    from (loss, gradient norm, sums of counters) is equal on all.
+
+    Args:
+        model: a CLIP, or one in DistributedDataParallel; trained in place.
+        optimizer: over the model's parameters; stepped in place.
+        batches: this rank's batches, the first one for step `progress.step`.
+        progress: counters at the start.
+        config: the run's configuration.
+        total_steps: the run's length.
+        samples_per_pass: training samples of the data.
+        device: where the model is.
+        attempt: written into each journal row.
+        hooks: the surroundings.
+
+    Raises:
+        TrainingError: `batches` ended early.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    clock = Clock(device)
+    nonfinite_in_a_row = 0
+    stepper = _Stepper(model, optimizer, config, total_steps, device, clock)
+    while progress.step < total_steps:
+        begun = time.perf_counter()
+        clock.start()
+        batch = next(batches, None)
+        if batch is None:
+            raise TrainingError(f"the data ended before step {progress.step} of {total_steps}")
+        clock.mark("data_wait")
+        result = stepper.step(batch, progress.step, hooks.wants_stop())
+        if batch.bad:
+            hooks.quarantine([{"step": progress.step, "attempt": attempt, **b} for b in batch.bad])
+        progress = progress.after(
+            step=progress.step + 1,
+            bad=progress.bad + result.bad,
+            truncated=progress.truncated + result.truncated,
+            skipped=progress.skipped + (not result.finite),
+            loss=result.loss if result.finite else progress.loss,
+        )
+        nonfinite_in_a_row = 0 if result.finite else nonfinite_in_a_row + 1
+        reason = _reason_to_end(
+            progress, result, nonfinite_in_a_row, config, total_steps, samples_per_pass
+        )
+        if reason in ("finished", "stopped") or (
+            reason is None and progress.step % config.checkpoint.every_steps == 0
+        ):
+            hooks.commit(progress)
+            clock.mark("checkpoint")
+        if rank == 0:
+            seconds = time.perf_counter() - begun
+            hooks.record(
+                _journal_row(result, progress, attempt, seconds, clock.seconds(), config)
+                | {"world_size": dist.get_world_size() if dist.is_initialized() else 1}
+            )
+        if reason is not None:
+            return Outcome(reason, progress)
+    return Outcome("finished", progress)
+
+
+@dataclass(frozen=True)
+class _Result:
+    loss: float
+    grad_norm: float
+    logit_scale: float
+    learning_rate: float
+    finite: bool
+    stop: bool
+    bad: int
+    truncated: int
+    void: int
+    samples_digest: int
+
+
+class _Stepper:
+    """Runs single steps; holds what does not change from one to the next."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: Config,
+        total_steps: int,
+        device: torch.device,
+        clock: Clock,
+    ) -> None:
+        self._model, self._optimizer, self._config = model, optimizer, config
+        self._total_steps, self._device, self._clock = total_steps, device, clock
+        self._bare: Any = getattr(model, "module", model)
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def step(self, batch: Batch, number: int, wants_stop: bool) -> _Result:
+        rate = learning_rate(number, self._total_steps, self._config.optim)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        micro_batches, valid = self._on_device(batch)
+        riders = _riders(batch, wants_stop).to(self._device)
+        self._clock.mark("copy")
+        self._optimizer.zero_grad(set_to_none=True)
+        bf16 = self._config.train.precision == "bf16"
+        with (
+            torch.autocast(self._device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+        ):
+            loss = contrastive_step(
+                self._model,
+                micro_batches,
+                lambda image, text, scale: clip_loss(image, text, scale, valid, riders=riders),
+                mark=self._clock.mark,
+            )
+        grads = [p.grad for p in self._parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        value, norm_value = loss.item(), norm.item()
+        # Both are equal on all ranks: the loss is global, the gradients are averaged.
+        finite = math.isfinite(value) and math.isfinite(norm_value)
+        if finite:
+            if self._config.optim.clip_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(
+                    self._parameters, self._config.optim.clip_norm, norm
+                )
+            self._optimizer.step()
+            clamp_logit_scale(self._bare.logit_scale)
+        self._clock.mark("optimizer")
+        sums = [int(x) for x in riders.tolist()]
+        return _Result(
+            loss=value,
+            grad_norm=norm_value,
+            logit_scale=self._bare.logit_scale.exp().item(),
+            learning_rate=rate,
+            finite=finite,
+            stop=sums[0] > 0,
+            bad=sums[1],
+            truncated=sums[2],
+            void=sums[3],
+            samples_digest=_join(sums[4:]),
+        )
+
+    def _on_device(self, batch: Batch) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        rows = len(batch.valid)
+        size = min(self._config.train.micro_batch or rows, rows)
+        short = -rows % size
+        pixels, ids, valid = (
+            nn.functional.pad(tensor, (0, 0) * (tensor.ndim - 1) + (0, short))
+            for tensor in (batch.pixels, batch.ids, batch.valid)
+        )
+        cuda = self._device.type == "cuda"
+        moved = [
+            (t.pin_memory() if cuda else t).to(self._device, non_blocking=cuda)
+            for t in (pixels, ids, valid)
+        ]
+        return list(zip(moved[0].split(size), moved[1].split(size), strict=True)), moved[2]
+
+
+def _riders(batch: Batch, wants_stop: bool) -> Tensor:
+    """Pack what all ranks must know of each other's batch: it rides on the loss's all-reduce."""
+    present = batch.shard >= 0
+    with np.errstate(over="ignore"):
+        hashed = sample_hash(batch.shard[present], batch.place[present])
+        digest = int(hashed.sum(dtype=np.uint64))
+    pieces = [
+        (digest >> (_PIECE_BITS * i)) & ((1 << _PIECE_BITS) - 1) for i in range(_DIGEST_PIECES)
+    ]
+    counts = [int(wants_stop), len(batch.bad), batch.truncated, int((~batch.valid).sum())]
+    return torch.tensor([*counts, *pieces], dtype=torch.float32)
+
+
+def _join(pieces: list[int]) -> int:
+    return sum(piece << (_PIECE_BITS * i) for i, piece in enumerate(pieces)) & ((1 << 64) - 1)
+
+
+def _reason_to_end(
+    progress: Progress,
+    result: _Result,
+    nonfinite_in_a_row: int,
+    config: Config,
+    total_steps: int,
+    samples_per_pass: int,
+) -> Literal["finished", "stopped", "bad-data", "nonfinite"] | None:
+    seen = progress.step * config.train.global_batch
+    enough = seen >= min(MIN_SEEN, samples_per_pass)
+    if enough and progress.bad > config.data.max_bad_fraction * seen:
+        return "bad-data"
+    if nonfinite_in_a_row >= config.train.max_nonfinite:
+        return "nonfinite"
+    if progress.step == total_steps:
+        return "finished"
+    return "stopped" if result.stop else None
+
+
+def _journal_row(
+    result: _Result,
+    progress: Progress,
+    attempt: int,
+    seconds: float,
+    phases: dict[str, float],
+    config: Config,
+) -> dict[str, Any]:
+    return {
+        "step": progress.step,
+        "attempt": attempt,
+        "samples_digest": f"{result.samples_digest:016x}",
+        "loss": result.loss,
+        "finite": result.finite,
+        "logit_scale": result.logit_scale,
+        "lr": result.learning_rate,
+        "grad_norm": result.grad_norm,
+        "samples_per_s": config.train.global_batch / seconds,
+        "step_s": seconds,
+        "void": result.void,
+        "bad": progress.bad,
+        **{name if name == "data_wait" else f"time_{name}": s for name, s in phases.items()},
+        "time": time.time(),
+    }

@@ -1,0 +1,201 @@
+"""A run's directory: what is in it, whether it may be resumed, and what a run is made of.
+
+The directory is the run: the same name and run-defining config resume it, whatever machine asks.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from clip_ray.config import Config
+from clip_ray.config.load import dump_config, flatten
+from clip_ray.data.blocks import BlockReader, Layout
+from clip_ray.data.captions import training_captions
+from clip_ray.data.manifest import Manifest
+from clip_ray.data.plan import Plan, default_sizes
+from clip_ray.errors import CheckpointError
+from clip_ray.storage import Store, open_store
+from clip_ray.tokenizer import Tokenizer
+from clip_ray.train.journal import Row
+
+VOCABULARY_CAPTIONS = 1_000_000  # captions that a vocabulary is trained on, at most
+NOT_DEFINING = (
+    "cluster.",
+    "tracking.",
+    "checkpoint.",
+    "eval.",
+    "run.storage",
+    "run.extend",
+    "run.s3.",
+    "data.s3.",
+    "train.micro_batch",
+    "train.device",
+    "train.compile",
+    "train.profile_steps",
+)
+"""Settings that may change between two starts of one run: none of them moves a sample or, but for
+rounding, a weight."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready to train.
+
+    Attributes:
+        config: resolved; the model's vocabulary size is the tokenizer's.
+        store: its directory.
+        manifest: its data.
+        tokenizer: captions to ids.
+        plan: which samples each step sees.
+        total_steps: its length.
+    """
+
+    config: Config
+    store: Store
+    manifest: Manifest
+    tokenizer: Tokenizer
+    plan: Plan
+    total_steps: int
+
+    def layout(self, world_size: int) -> Layout:
+        """Return how blocks are dealt to `world_size` workers."""
+        side, length = self.config.model.vision.image_size, self.tokenizer.context_length
+        return Layout.fit(self.plan, world_size, 3 * side * side + 4 * length)
+
+    def reader(self, world_size: int) -> BlockReader:
+        """Return the reader of the run's blocks for `world_size` workers."""
+        return BlockReader(
+            self.plan,
+            self.layout(world_size),
+            self.manifest,
+            self.config.data,
+            self.tokenizer,
+            self.config.model.vision.image_size,
+        )
+
+
+def run_store(config: Config) -> Store:
+    """Return the run's directory, `<run.storage>/<run.name>`."""
+    return open_store(config.run.storage, config.run.s3).child(config.run.name)
+
+
+def defining(config: Config) -> dict[str, Any]:
+    """Return the settings that make the run what it is, with dotted keys."""
+    flat = flatten(config.model_dump(mode="json"))
+    return {k: v for k, v in flat.items() if not k.startswith(NOT_DEFINING)}
+
+
+def claim(store: Store, config: Config) -> bool:
+    """Make the directory this config's; return whether there was a run in it.
+
+    Raises:
+        CheckpointError: it holds a run whose defining settings differ; the message lists them.
+    """
+    existed = store.exists("config.yaml")
+    if existed:
+        old = _read_config(store)
+        before, after = defining(old), defining(config)
+        changed = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
+        if changed:
+            lines = [f"  {k}: was {before.get(k)!r}, now {after.get(k)!r}" for k in changed]
+            raise CheckpointError(
+                f"run {store.uri} exists with other settings:\n"
+                + "\n".join(lines)
+                + f"\ngive them back, or give this run another name: --run.name {config.run.name}-2"
+            )
+    store.write("config.yaml", dump_config(config).encode())
+    return existed
+
+
+def _read_config(store: Store) -> Config:
+    try:
+        return Config.model_validate(yaml.safe_load(store.read("config.yaml")))
+    except (ValidationError, yaml.YAMLError) as error:
+        raise CheckpointError(
+            f"{store.uri}/config.yaml cannot be read by this version ({error}); give this run "
+            "another name (--run.name)"
+        ) from error
+
+
+def prepare(
+    store: Store, config: Config, build_manifest: Callable[[], Manifest], say: Callable[[str], None]
+) -> Run:
+    """Return the run with its manifest and tokenizer, made on its first start, read later.
+
+    Args:
+        store: the run's directory.
+        config: the run's configuration.
+        build_manifest: called where the run has no manifest yet.
+        say: told what is being done, for the terminal.
+    """
+    if store.exists("manifest.parquet"):
+        manifest = Manifest.from_bytes(store.read("manifest.parquet"))
+    else:
+        manifest = build_manifest()
+        store.write("manifest.parquet", manifest.to_bytes())
+    if store.exists("tokenizer.json"):
+        tokenizer = Tokenizer.load(store.read("tokenizer.json"))
+    else:
+        captions = None
+        if config.tokenizer.train_vocab is not None:
+            say(f"training a vocabulary of {config.tokenizer.train_vocab} on the captions")
+            captions = training_captions(manifest, config.data, VOCABULARY_CAPTIONS)
+        tokenizer = Tokenizer.from_config(
+            config.tokenizer, config.model.text.context_length, captions
+        )
+        store.write("tokenizer.json", tokenizer.to_bytes())
+    text = config.model.text.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    model = config.model.model_copy(update={"text": text})
+    config = config.model_copy(update={"model": model})
+    plan = build_plan(manifest, config)
+    return Run(config, store, manifest, tokenizer, plan, total_steps(config, manifest.total))
+
+
+def build_plan(manifest: Manifest, config: Config) -> Plan:
+    """Return the plan of a config over a manifest. Raises ConfigError where sizes do not fit."""
+    G, data = config.train.global_batch, config.data
+    slot, window = default_sizes(manifest.total, G)
+    window = data.window or (min(window, data.slot) if data.slot else window)
+    slot = data.slot or (slot if slot % window == 0 else window)
+    weights = [source.weight for source in data.sources if source.weight is not None]
+    return Plan(
+        manifest.train_counts,
+        manifest.source.astype("int64"),
+        weights=tuple(weights) or None,
+        seed=config.run.seed,
+        global_batch=G,
+        slot=slot,
+        window=window,
+        manifest_digest=manifest.digest,
+    )
+
+
+def total_steps(config: Config, samples_per_pass: int) -> int:
+    """Return the run's length in steps, `run.extend` included."""
+    train, G = config.train, config.train.global_batch
+    if train.steps is not None:
+        steps = train.steps
+    elif train.samples is not None:
+        steps = math.ceil(train.samples / G)
+    else:
+        assert train.passes is not None
+        steps = math.ceil(train.passes * samples_per_pass / G)
+    return steps + config.run.extend
+
+
+def read_summary(store: Store) -> Row | None:
+    """Return the run's summary; None before its first end."""
+    if not store.exists("summary.json"):
+        return None
+    summary: Row = json.loads(store.read("summary.json"))
+    return summary

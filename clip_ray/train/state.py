@@ -1,0 +1,120 @@
+"""What a checkpoint holds of a training run: weights, optimizer moments and counters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from clip_ray.errors import CheckpointError
+from clip_ray.train.checkpoint import Fill
+
+FORMAT = 1
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The counters of a run after `step` steps.
+
+    Attributes:
+        step: optimizer steps whose samples are consumed; the position in the plan.
+        plan_digest: the plan that the position belongs to.
+        bad: undecodable samples met so far.
+        truncated: captions cut at the context length so far.
+        skipped: steps that left the weights as they were, their loss or gradient not finite.
+        loss: the last step's loss.
+    """
+
+    step: int
+    plan_digest: str
+    bad: int = 0
+    truncated: int = 0
+    skipped: int = 0
+    loss: float | None = None
+
+    def after(self, **changes: Any) -> Progress:
+        """Return a copy with some counters changed."""
+        return replace(self, **changes)
+
+    def to_bytes(self) -> bytes:
+        """Serialise as JSON."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Progress:
+        """Read what `to_bytes` wrote. Raises CheckpointError on a newer format."""
+        fields = json.loads(data)
+        if fields.pop("format") > FORMAT:
+            raise CheckpointError("the checkpoint's state has a newer format; upgrade clip-ray")
+        return cls(**fields)
+
+
+def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Fill]:
+    """Copy weights and moments to host memory; return the functions that write them to files.
+
+    Call it between steps, on the training thread; the functions may run on another.
+    """
+    weights = {name: _to_host(p) for name, p in model.state_dict().items()}
+    moments = {
+        f"{kind}.{name}": _to_host(optimizer.state[p][kind])
+        for name, p in model.named_parameters()
+        if p in optimizer.state
+        for kind in _MOMENTS
+    }
+    return {
+        "model.safetensors": lambda path: safetensors.torch.save_file(weights, path),
+        "optimizer.safetensors": lambda path: safetensors.torch.save_file(moments, path),
+    }
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+    return copy.copy_(tensor.detach()).contiguous()
+
+
+def restore(model: nn.Module, optimizer: torch.optim.Optimizer, files: Mapping[str, bytes]) -> None:
+    """Load what `snapshot` wrote into a model and its optimizer, in place.
+
+    Raises:
+        CheckpointError: the tensors are not those of this model.
+    """
+    weights = safetensors.torch.load(files["model.safetensors"])
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"the checkpoint's weights are of another model: {error}") from error
+    moments = safetensors.torch.load(files["optimizer.safetensors"])
+    for name, p in model.named_parameters():
+        if f"step.{name}" in moments:
+            optimizer.state[p] = {
+                "step": moments[f"step.{name}"].clone(),
+                "exp_avg": moments[f"exp_avg.{name}"].to(p.device),
+                "exp_avg_sq": moments[f"exp_avg_sq.{name}"].to(p.device),
+            }
+
+
+def broadcast(model: nn.Module, optimizer: torch.optim.Optimizer, restored: bool) -> None:
+    """Send rank 0's weights, and its moments where it restored some, to all ranks, in place.
+
+    Called by every rank at the same point; only rank 0 needs to have read a checkpoint.
+    """
+    for tensor in model.state_dict().values():
+        dist.broadcast(tensor, src=0)
+    if not restored:
+        return
+    for p in (p for p in model.parameters() if p.requires_grad):
+        state = optimizer.state[p]
+        for kind in _MOMENTS:
+            if kind not in state:
+                shape = () if kind == "step" else p.shape
+                state[kind] = torch.zeros(shape, dtype=torch.float32)
+            sent = state[kind].to(p.device)
+            dist.broadcast(sent, src=0)
+            state[kind] = sent.to("cpu") if kind == "step" and p.device.type == "cpu" else sent

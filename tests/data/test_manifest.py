@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from clip_ray.config import DataConfig, S3Options, SourceConfig
+from clip_ray.data import manifest as manifests
+from clip_ray.data.manifest import Job, Manifest, Outcome, build_manifest, run_job
+from clip_ray.data.quarantine import BadSample, summarise
+from clip_ray.data.samples import skip
+from clip_ray.data.shards import Sample, fraction_of, read_ordinals
+from clip_ray.errors import ConfigError, DataError
+from clip_ray.storage import open_store
+from tests.data.shard_files import cut, images, pairs, write_parquet, write_tar
+
+
+def config(*paths: Path | str, **options: object) -> DataConfig:
+    sources = tuple(SourceConfig(path=str(path)) for path in paths)
+    return DataConfig(sources=sources, **{"holdout": 0.0, **options})
+
+
+def same(a: Manifest, b: Manifest) -> bool:
+    return a.digest == b.digest and a.to_bytes() == b.to_bytes()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three tars of 20, 7 and 0 samples."""
+    path = tmp_path / "set"
+    path.mkdir()
+    write_tar(path / "00000.tar", pairs(20))
+    write_tar(path / "00001.tar", [(f"b{n}", d) for n, d in pairs(7)] + [("x.txt", b"no image")])
+    write_tar(path / "00002.tar", [])
+    return path
+
+
+def test_counts_shards_and_what_is_skipped(folder: Path) -> None:
+    calls = []
+    built = build_manifest(config(folder), progress=lambda *now: calls.append(now))
+    assert len(built) == 2 and built.total == 27
+    assert built.train_counts.tolist() == [20, 7]
+    assert built.skipped == {"empty-shard": 1, "missing-image": 1}
+    assert calls == [(1, 3), (2, 3), (3, 3)]
+    (row,) = built.by_source()
+    assert (row["path"], row["shards"], row["samples"], row["train"]) == (str(folder), 2, 27, 27)
+    shard = built.shard(1)
+    assert shard.path == str(folder / "00001.tar") and (shard.samples, shard.source) == (7, 0)
+
+
+def test_order_of_the_map_does_not_matter(folder: Path) -> None:
+    def backwards(function: object, jobs: list[Job]) -> list[Outcome]:
+        # As a remote function would: through pickle, in any order.
+        return [pickle.loads(pickle.dumps(run_job(job))) for job in reversed(jobs)]
+
+    data = config(folder, holdout=0.2)
+    assert same(build_manifest(data), build_manifest(data, backwards))
+
+
+def test_bytes_and_pickle_bring_it_back(folder: Path) -> None:
+    table = {"jpg": pa.array([*images(6), None]), "txt": pa.array(["x"] * 7)}
+    write_parquet(folder / "p.parquet", table)
+    built = build_manifest(config(folder, holdout=0.3))
+    for back in (Manifest.from_bytes(built.to_bytes()), pickle.loads(pickle.dumps(built))):
+        assert same(back, built)
+        assert back.by_source() == built.by_source() and back.skipped == built.skipped
+        for number in range(len(built)):
+            ours, theirs = built.shard(number), back.shard(number)
+            assert (ours.path, ours.version) == (theirs.path, theirs.version)
+            assert (ours.offsets == theirs.offsets).all()
+            assert (ours.rows_skipped == theirs.rows_skipped).all()
+
+
+def test_the_arrays_travel_out_of_band(folder: Path) -> None:
+    buffers: list[pickle.PickleBuffer] = []
+    built = build_manifest(config(folder))
+    pickle.dumps(built, protocol=5, buffer_callback=buffers.append)
+    assert sum(b.raw().nbytes for b in buffers) >= built.offsets.values.nbytes + built.sizes.nbytes
+
+
+def test_train_ordinals_are_what_is_not_held() -> None:
+    rng = np.random.default_rng(0)
+    for held_count in (0, 1, 30, 99):
+        held = np.sort(rng.choice(100, held_count, replace=False))
+        expected = np.setdiff1d(np.arange(100), held)
+        places = rng.permutation(len(expected))
+        assert (skip(places, held) == expected[places]).all()
+
+
+def test_holdout_is_disjoint_readable_and_follows_the_key(folder: Path) -> None:
+    data = config(folder, holdout=0.25)
+    built = build_manifest(data)
+    shards, ordinals = built.holdout_items()
+    assert 0 < len(ordinals) < 27 and built.total + len(ordinals) == 27
+    held = set(zip(shards.tolist(), ordinals.tolist(), strict=True))
+    for number in range(len(built)):
+        places = np.arange(built.train_counts[number])
+        train = built.train_ordinals(number, places)
+        assert not held & {(number, int(o)) for o in train}
+        for ordinal, sample in enumerate(
+            read_ordinals(built.shard(number), data.sources[0], None, np.arange(len(places)))
+        ):
+            assert isinstance(sample, Sample)
+            assert ((number, ordinal) in held) == (fraction_of(sample.key) < 0.25)
+
+
+def test_exclude_and_select_are_part_of_the_digest(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("00003\r\n\nb00001\nnobody\n")
+    (tmp_path / "in").write_text("\n".join(f"{i:05d}" for i in range(10)))
+    plain = build_manifest(config(folder))
+    without = build_manifest(config(folder, exclude=str(tmp_path / "out")))
+    assert without.total == 25 and len(without.holdout_items()[0]) == 0
+    assert without.train_ordinals(0, np.arange(19)).tolist() == [0, 1, 2, *range(4, 20)]
+    source = SourceConfig(path=str(folder / "00000.tar"), select=str(tmp_path / "in"))
+    only = build_manifest(DataConfig(sources=(source,), holdout=0))
+    assert only.total == 10
+    assert len({plain.digest, without.digest, only.digest}) == 3
+    with pytest.raises(DataError, match="data.exclude: .*gone does not exist"):
+        build_manifest(config(folder, exclude=str(tmp_path / "gone")))
+
+
+def test_a_changed_shard_changes_the_digest(folder: Path) -> None:
+    first = build_manifest(config(folder)).digest
+    assert build_manifest(config(folder)).digest == first
+    write_tar(folder / "00001.tar", pairs(8))
+    assert build_manifest(config(folder)).digest != first
+
+
+def test_truncated_shards_are_refused_or_salvaged(folder: Path) -> None:
+    path = cut(folder / "00000.tar", (folder / "00000.tar").stat().st_size // 2)
+    with pytest.raises(DataError) as caught:
+        build_manifest(config(folder))
+    assert str(caught.value).startswith(f"shard {path}: truncated after sample ")
+    assert "re-copy it, or data.salvage: true" in str(caught.value)
+    data = config(folder, salvage=True)
+    built = build_manifest(data)
+    assert 0 < built.train_counts[0] < 20 and built.skipped["truncated-shard"] == 1
+    found = read_ordinals(built.shard(0), data.sources[0], None, np.arange(built.train_counts[0]))
+    assert all(isinstance(sample, Sample) for sample in found)
+
+
+def test_every_damaged_shard_is_named_up_to_a_limit(tmp_path: Path) -> None:
+    for number in range(7):
+        (tmp_path / f"{number}.tar").write_bytes(b"x" * 1000)
+    with pytest.raises(DataError, match=r"(?s)/0.tar: no tar.*/4.tar: no tar.*and 2 more shards"):
+        build_manifest(config(tmp_path))
+
+
+def test_what_cannot_be_trained_on_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="data.sources is empty"):
+        build_manifest(DataConfig())
+    with pytest.raises(DataError, match="no shard matches.*nowhere"):
+        build_manifest(config(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match=r"00000.tar is in data.sources\[0\] and again in \[1\]"):
+        build_manifest(config(folder, folder / "00000.tar"))
+    with pytest.raises(DataError, match="no sample to train on in 1 shards.*27 held|20 held"):
+        build_manifest(config(folder / "00000.tar", holdout=0.9999999))
+    wrong = SourceConfig(path=str(folder), image="bmp")
+    with pytest.raises(DataError, match=r"27 missing-image|.jpg \(27\)"):
+        build_manifest(DataConfig(sources=(wrong,)))
+
+
+def test_unknown_columns_are_an_error_of_the_shard(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", {"a": pa.array([1]), "b": pa.array([2])})
+    with pytest.raises(DataError, match=f"shard {path}: no image column: .* it has a, b"):
+        build_manifest(config(path))
+
+
+def test_a_newer_or_foreign_or_damaged_file_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = build_manifest(config(folder))
+    data = built.to_bytes()
+    for bad in (b"", b"nonsense", data[: len(data) // 2]):
+        with pytest.raises(DataError, match="no manifest, or a damaged one"):
+            Manifest.from_bytes(bad)
+    table = pq.read_table(pa.BufferReader(data))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.slice(1), sink)
+    with pytest.raises(DataError, match="it is damaged: index again"):
+        Manifest.from_bytes(sink.getvalue().to_pybytes())
+    monkeypatch.setattr(manifests, "FORMAT", 2)
+    newer = build_manifest(config(folder)).to_bytes()
+    monkeypatch.setattr(manifests, "FORMAT", 1)
+    with pytest.raises(DataError, match="has format 2, this code reads up to 1"):
+        Manifest.from_bytes(newer)
+
+
+def test_sources_on_s3_and_key_lists_there(folder: Path, s3: S3Options) -> None:
+    store = open_store("s3://bucket/manifest", s3)
+    for path in folder.iterdir():
+        store.write(path.name, path.read_bytes())
+    store.write("keys.txt", b"00000\n00001\n")
+    data = config("s3://bucket/manifest/", s3=s3, exclude="s3://bucket/manifest/keys.txt")
+    built = build_manifest(data)
+    assert built.train_counts.tolist() == [18, 7]
+    assert built.shard(0).path == "s3://bucket/manifest/00000.tar"
+    with pytest.raises(DataError, match="bucket 'no-such' does not exist"):
+        build_manifest(config("s3://no-such/x/", s3=s3))
+
+
+def test_a_summary_names_the_top_reasons_with_examples() -> None:
+    rows = [BadSample(f"k{i}", "truncated", "cut", "s.tar") for i in range(5)]
+    rows += [BadSample("q", "aspect"), BadSample("r", "aspect"), BadSample("s", "empty")]
+    assert summarise(rows, reasons=2) == (
+        "5 x truncated: k0 in s.tar (cut); k1 in s.tar (cut)\n"
+        "2 x aspect: q; r\n"
+        "1 for 1 other reasons"
+    )
+    assert summarise([]) == ""

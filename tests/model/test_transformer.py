@@ -1,0 +1,36 @@
+"""The blocks against torch's own modules."""
+
+import pytest
+import torch
+from torch import nn
+
+from clip_ray.model.transformer import MLP, Attention, quick_gelu
+
+
+def test_quick_gelu_by_hand():
+    """Compare with x / (1 + exp(-1.702 x)), worked out for 1, 0 and -2."""
+    x = torch.tensor([1.0, 0.0, -2.0])
+    torch.testing.assert_close(quick_gelu(x), torch.tensor([0.8457958, 0.0, -0.0643394]))
+
+
+def test_mlp_switches_its_activation():
+    x = torch.linspace(-2, 2, 8).view(1, 1, 8)
+    for use_quick_gelu in (False, True):
+        mlp = MLP(8, 2.0, use_quick_gelu)
+        hidden = mlp.c_fc(x)
+        expected = quick_gelu(hidden) if use_quick_gelu else nn.functional.gelu(hidden)
+        torch.testing.assert_close(mlp(x), mlp.c_proj(expected))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_equals_torchs_multihead_attention(causal):
+    ours = Attention(24, heads=3, causal=causal).eval()
+    theirs = nn.MultiheadAttention(24, 3, batch_first=True).eval()
+    nn.init.normal_(ours.in_proj_bias)
+    nn.init.normal_(ours.out_proj.bias)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(0))
+    mask = torch.full((7, 7), float("-inf")).triu(1) if causal else None
+    with torch.no_grad():
+        expected, _ = theirs(x, x, x, attn_mask=mask, need_weights=False)
+        torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,266 @@
+"""Exports and model versions: what is loaded is what was registered, or nothing is."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from clip_ray.config import ModelConfig, TextConfig, VisionConfig
+from clip_ray.errors import RegistryError
+from clip_ray.inference import Encoder
+from clip_ray.model import build
+from clip_ray.registry import (
+    latest_version,
+    load_export,
+    model_digest,
+    promote,
+    register,
+    resolve,
+    write_export,
+)
+from clip_ray.storage import open_store
+from clip_ray.tokenizer import Tokenizer
+from clip_ray.tracking import mlflow_client
+
+ROOT = Path(__file__).parents[1]
+TINY = ModelConfig(
+    embed_dim=16,
+    vision=VisionConfig(image_size=32, patch_size=16, width=32, layers=1, heads=2),
+    text=TextConfig(context_length=12, vocab_size=514, width=32, layers=1, heads=2),
+)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return Tokenizer.train(["a cat", "a dog"], 514, TINY.text.context_length)
+
+
+@pytest.fixture
+def export(tmp_path, tokenizer):
+    store = open_store(tmp_path / "runs" / "r" / "export")
+    write_export(store, build(TINY, seed=0), tokenizer, {"run_id": "abc", "step": 7})
+    return store
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory):
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    mlflow_client(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def mlflow_uri(tmp_path, empty_database, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "runs").mkdir(exist_ok=True)
+    shutil.copy(empty_database, tmp_path / "runs" / "mlflow.db")
+    return f"sqlite:///{tmp_path}/runs/mlflow.db"
+
+
+@pytest.fixture
+def run_id(mlflow_uri, tmp_path):
+    client = mlflow_client(mlflow_uri)
+    experiment = client.create_experiment("e", f"{tmp_path}/runs/mlartifacts")
+    return client.create_run(experiment).info.run_id
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_digest_by_hand(tmp_path):
+    folder = tmp_path / "export"
+    folder.mkdir()
+    for name, content in {
+        "tokenizer.json": b"t", "model.safetensors": b"mm", "config.json": b"",
+        "preprocessing.json": b"ppp",
+    }.items():  # fmt: skip
+        (folder / name).write_bytes(content)
+    # $ printf mm | sha256sum, and so on
+    lines = (
+        "config.json, 0, e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855\n"
+        "model.safetensors, 2, " + hashlib.sha256(b"mm").hexdigest() + "\n"
+        "preprocessing.json, 3, " + hashlib.sha256(b"ppp").hexdigest() + "\n"
+        "tokenizer.json, 1, " + hashlib.sha256(b"t").hexdigest() + "\n"
+    )
+    assert model_digest(open_store(folder)) == hashlib.sha256(lines.encode()).hexdigest()
+
+
+def test_export_and_back(tmp_path, tokenizer):
+    model = build(TINY, seed=0)
+    store = open_store(tmp_path / "export")
+    digest = write_export(store, model, tokenizer, {"run_id": "abc", "step": 7})
+    assert digest == model_digest(store)
+    assert store.files() == [
+        "config.json", "model.safetensors", "preprocessing.json", "tokenizer.json",
+    ]  # fmt: skip
+    loaded, loaded_tokenizer, info = load_export(store, digest)
+    assert (info.digest, info.run_id, info.extra["step"]) == (digest, "abc", 7)
+    for (name, a), (_, b) in zip(
+        model.state_dict().items(), loaded.state_dict().items(), strict=True
+    ):
+        assert torch.equal(a, b), name
+    assert loaded.config == TINY and not loaded.training
+    assert np.array_equal(loaded_tokenizer(["a cat"])[0], tokenizer(["a cat"])[0])
+    # The same model gives the same bytes; half precision is exported as fp32.
+    again = open_store(tmp_path / "again")
+    assert write_export(again, model, tokenizer, {"run_id": "abc", "step": 7}) == digest
+    assert write_export(again, loaded, loaded_tokenizer, {"run_id": "abc", "step": 7}) == digest
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "tokenizer.json", "preprocessing.json"]
+)
+def test_a_changed_byte_is_refused(export, name):
+    digest = model_digest(export)
+    flip(export.root / name)
+    with pytest.raises(RegistryError, match=f"not the expected {digest}"):
+        load_export(export, digest)
+
+
+def test_what_is_not_an_export_is_refused(export):
+    with pytest.raises(RegistryError, match=r"'?format'? ?.*up to 1; update"):
+        config = json.loads(export.read("config.json"))
+        export.write("config.json", json.dumps({**config, "format": 2}).encode())
+        load_export(export)
+    export.write("config.json", json.dumps({**config, "model": {"embed_dim": 8}}).encode())
+    with pytest.raises(RegistryError):
+        load_export(export)
+    export.write("config.json", json.dumps(config).encode())
+    load_export(export)
+    export.write("MLmodel", b"")
+    with pytest.raises(RegistryError, match=r"holds MLmodel"):
+        model_digest(export)
+    export.delete("MLmodel")
+    export.delete("tokenizer.json")
+    with pytest.raises(RegistryError, match=r"tokenizer\.json missing"):
+        load_export(export)
+
+
+def test_resolve_directories(export, tmp_path):
+    assert resolve(export.root).store.uri == export.uri
+    assert resolve(export.root.parent).store.uri == export.uri
+    with pytest.raises(RegistryError, match="no model there"):
+        resolve(tmp_path / "nothing")
+    unfinished = tmp_path / "runs" / "u"
+    (unfinished / "checkpoints" / "step-00000001.a0").mkdir(parents=True)
+    with pytest.raises(RegistryError, match="a run without export/"):
+        resolve(unfinished)
+
+
+def test_register_resolve_and_promote(export, mlflow_uri, run_id, tokenizer):
+    digest = model_digest(export)
+    assert register(export, "clip", run_id, {"top1": "0.5"}, mlflow_uri) == "1"
+    # Registering the same bytes again gives the same version.
+    assert register(export, "clip", run_id, {}, mlflow_uri) == "1"
+    found = resolve("models:/clip/1", mlflow_uri)
+    assert (found.digest, found.name, found.version, found.run_id) == (digest, "clip", "1", run_id)
+    assert found.store.files() == export.files()
+    version = mlflow_client(mlflow_uri).get_model_version("clip", "1")
+    assert version.tags == {
+        "digest": digest, "embed_dim": "16", "step": "7", "run_id": run_id, "top1": "0.5",
+    }  # fmt: skip
+    # The run is extended and exports again: version 1 keeps its bytes.
+    write_export(export, build(TINY, seed=1), tokenizer, {"run_id": "abc", "step": 9})
+    assert register(export, "clip", run_id, {}, mlflow_uri) == "2"
+    assert model_digest(resolve("models:/clip/1", mlflow_uri).store) == digest
+    assert resolve(f"runs:/{run_id}", mlflow_uri).digest == model_digest(export)
+    assert latest_version("clip", mlflow_uri) == "2"
+
+    with pytest.raises(RegistryError, match="aliases: none"):
+        resolve("models:/clip@champion", mlflow_uri)
+    assert promote("clip", "1", mlflow_uri).previous is None
+    done = promote("clip", "2", mlflow_uri)
+    assert (done.version, done.previous, done.digest) == ("2", "1", model_digest(export))
+    assert resolve("models:/clip@champion", mlflow_uri).version == "2"
+    assert resolve("models:/clip@previous", mlflow_uri).version == "1"
+    promote("clip", "2", mlflow_uri)  # changes nothing
+    assert resolve("models:/clip@previous", mlflow_uri).version == "1"
+    promote("clip", "1", mlflow_uri)  # the way back
+    assert resolve("models:/clip@champion", mlflow_uri).version == "1"
+    tags = mlflow_client(mlflow_uri).get_model_version("clip", "1").tags
+    assert (tags["promoted.from"], tags["promoted.to"]) == ("2", "1")
+    assert tags["promoted.by"] and tags["promoted.at"]
+
+    encoder = Encoder.load("models:/clip@champion", "cpu", mlflow_uri)
+    assert (encoder.version, encoder.digest, encoder.run_id) == ("1", digest, run_id)
+
+
+def test_a_damaged_version_is_not_promoted(export, mlflow_uri, run_id):
+    register(export, "clip", run_id, {}, mlflow_uri)
+    flip(Path(resolve("models:/clip/1", mlflow_uri).store.uri) / "model.safetensors")
+    with pytest.raises(RegistryError, match="is not the expected"):
+        promote("clip", "1", mlflow_uri)
+    with pytest.raises(RegistryError, match="aliases: none"):
+        resolve("models:/clip@champion", mlflow_uri)
+
+
+def test_a_model_that_gives_nan_is_not_promoted(export, mlflow_uri, run_id, tokenizer):
+    model = build(TINY, seed=0)
+    with torch.no_grad():
+        model.visual.proj.fill_(float("nan"))
+    write_export(export, model, tokenizer, {})
+    register(export, "clip", run_id, {}, mlflow_uri)
+    with pytest.raises(RegistryError, match="image features have norm nan"):
+        promote("clip", "1", mlflow_uri)
+
+
+def test_errors_say_what_exists(export, mlflow_uri, run_id):
+    with pytest.raises(RegistryError, match="registered models: none yet"):
+        resolve("models:/clip/1", mlflow_uri)
+    register(export, "clip-small", run_id, {}, mlflow_uri)
+    mlflow_client(mlflow_uri).create_registered_model("other")
+    mlflow_client(mlflow_uri).create_model_version("other", "s3://b/x")
+    with pytest.raises(RegistryError, match="registered models: clip-small"):
+        resolve("models:/clip-smal/1", mlflow_uri)
+    with pytest.raises(RegistryError, match="clip-small has versions 1; aliases: none"):
+        resolve("models:/clip-small/2", mlflow_uri)
+    with pytest.raises(RegistryError, match="no version in MLflow"):
+        latest_version("clip", mlflow_uri)
+    with pytest.raises(RegistryError, match="no tag 'digest'"):
+        resolve("models:/other/1", mlflow_uri)
+    with pytest.raises(RegistryError, match="has no run"):
+        resolve("runs:/" + "0" * 32, mlflow_uri)
+    for bad in ("models:/clip", "models:/clip/x", "models:/clip@", "models:/"):
+        with pytest.raises(RegistryError, match="expected models:/<name>/<version>"):
+            resolve(bad, mlflow_uri)
+
+
+def test_a_server_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(RegistryError, match="MLflow at http://127.0.0.1:9"):
+        resolve("models:/clip/1", "http://127.0.0.1:9")
+
+
+def test_exports_on_s3(s3, tokenizer, mlflow_uri, run_id):
+    store = open_store("s3://bucket/registry/export", s3)
+    digest = write_export(store, build(TINY, seed=0), tokenizer, {})
+    assert model_digest(store) == digest
+    assert load_export(store, digest)[2].digest == digest
+    assert register(store, "clip", run_id, {}, mlflow_uri) == "1"
+
+
+def promote_job(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "jobs" / "promote.py"), *arguments],
+        capture_output=True, text=True, cwd=cwd, check=False, timeout=120,
+    )  # fmt: skip
+
+
+def test_promote_job(export, mlflow_uri, run_id, tmp_path):
+    register(export, "clip", run_id, {}, mlflow_uri)
+    done = promote_job("--model", "clip", cwd=tmp_path)  # runs/mlflow.db is the default
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    assert "version 1" in done.stdout and model_digest(export) in done.stdout
+    failed = promote_job("--model", "clap", "--storage", str(tmp_path / "runs"), cwd=ROOT)
+    assert failed.returncode == 2 and failed.stderr.count("\n") == 1
+    assert "registered models: clip" in failed.stderr
