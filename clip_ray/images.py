@@ -93,24 +93,28 @@ def measure(data: bytes) -> tuple[int, int]:
     return _jpeg_header(data) or _open_pillow(data, _JPEG_FORMATS).size
 
 
-def train_crop(pixels: Pixels, size: int, rng: np.random.Generator) -> Pixels:
+def train_crop(
+    pixels: Pixels, size: int, rng: np.random.Generator, margin: float = 0.0
+) -> Pixels:
     """Return a random square of an image, (3, size, size) uint8.
 
     "A random square crop from resized images is the only data augmentation" (Radford et al.
-    2021, section 2.3): the shorter side is resized to `size`, then a square is cropped at random.
+    2021, section 2.3): the shorter side is resized to (1 + margin) times `size`, then a square is
+    cropped at random. The paper does not say how large the resized image is.
     Here the square is cut first and only it is resized: the same picture (but for the place
     rounded to source pixels), without resizing what is thrown away.
 
     Args:
         pixels: (H, W, 3) uint8.
         size: side of the result in pixels.
-        rng: where the place comes from; one draw.
+        rng: where the place comes from; two draws.
+        margin: how much larger than the crop the resized image's shorter side is.
     """
     height, width = pixels.shape[:2]
-    side = min(height, width)
-    start = int(rng.integers(0, max(height, width) - side + 1))
-    box = pixels[start : start + side] if height > width else pixels[:, start : start + side]
-    return _resize(box, size, size)
+    side = max(round(min(height, width) / (1 + margin)), 1)
+    top = int(rng.integers(0, height - side + 1))
+    left = int(rng.integers(0, width - side + 1))
+    return _resize(pixels[top : top + side, left : left + side], size, size)
 
 
 def eval_crop(pixels: Pixels, size: int) -> Pixels:

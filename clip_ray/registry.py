@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from clip_ray.config import ModelConfig
 from clip_ray.errors import ClipRayError, RegistryError
 from clip_ray.storage import LocalStore, Store, open_store
-from clip_ray.tracking import mlflow_client, require_tracking_uri
+from clip_ray.tracking import mask, mlflow_client, patient_timeouts, require_tracking_uri
 
 if TYPE_CHECKING:
     from clip_ray.model import CLIP
@@ -536,13 +536,14 @@ def _create_once(create: Any) -> None:
 
 @contextlib.contextmanager
 def _explained(where: str) -> Iterator[None]:
-    """Turn MLflow's failures into ours, naming the address."""
+    """Turn MLflow's failures into ours, naming the address; give it time to take weights."""
     from mlflow.exceptions import MlflowException
 
     try:
-        yield
+        with patient_timeouts():
+            yield
     except ClipRayError:
         raise
     except (MlflowException, OSError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RegistryError(f"MLflow at {where}: {first}") from error
+        raise RegistryError(mask(f"MLflow at {where}: {first}")) from error

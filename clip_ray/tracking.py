@@ -16,6 +16,8 @@ Left out: system metrics, model bytes (clip_ray.registry), and reading MLflow fo
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import getpass
 import hashlib
 import json
@@ -120,9 +122,10 @@ class Tracker:
         replay: returns the journal's records from a step on, in the journal's order. A record
             must be in the journal before it is offered.
         tags: tags of the run at creation, such as `source_version`'s.
-        on_event: called from the thread with ("tracking_outage" | "tracking_recovered", details).
+        on_event: called from the thread with ("tracking_outage" | "tracking_recovered", details);
+            none = these are logged.
         client: makes the MlflowClient; for tests.
-        logger: where outages are told.
+        logger: where refused records are told.
         queue_records: records held in memory.
     """
 
@@ -203,12 +206,12 @@ class Tracker:
                 self._queue.append(record)
 
     def log_params(self, params: Mapping[str, Any], attempt: int = 0) -> None:
-        """Log a flat dict as parameters; secrets are left out (`redact`).
+        """Log a config, nested or flat, as parameters; secrets are left out (`redact`).
 
         MLflow's parameters are immutable: what a resumed run has changed becomes a tag
         `attempt.<attempt>.<name>`.
         """
-        flat = {_key(k): _text(v, PARAM_CHARS) for k, v in redact(params).items()}
+        flat = {_key(k): _text(v, PARAM_CHARS) for k, v in redact(flatten(params)).items()}
         self._queue_action(f"params ({len(flat)})", lambda: self._send_params(flat, attempt))
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
@@ -284,14 +287,6 @@ class Tracker:
         self._closed.set()
         self._wake.set()
         whole = self._done.wait(timeout_s)
-        if not whole:
-            lag = self.lag()
-            self._logger.warning(
-                "MLflow at %s has not taken everything in %g s: %d steps and %d other entries are "
-                "left, last error: %s; metrics are in the journal and are sent when the run is "
-                "started again",
-                *(mask(self.uri), timeout_s, lag.steps, lag.actions, lag.error),
-            )
         # The thread may sit in a request; it is a daemon, and nothing of value is in it.
         self._done.set()
         self._wake.set()
@@ -631,17 +626,12 @@ class Tracker:
             first = self._failures == 1
             self._error = text
         if first:
-            self._logger.warning(
-                "MLflow at %s does not take records (%s); training goes on, the journal keeps them",
-                *(mask(self.uri), text),
-            )
-            self._tell("tracking_outage", {"error": text})
+            self._tell("tracking_outage", {"uri": mask(self.uri), "error": text})
 
     def _recovered(self) -> None:
         with self._lock:
             failures, self._failures, self._error = self._failures, 0, None
         if failures:
-            self._logger.info("MLflow at %s answers again", mask(self.uri))
             self._tell("tracking_recovered", {"failures": failures, "acked_step": self._acked[1]})
 
     def _refuse(self, what: str, error: Exception) -> None:
@@ -655,6 +645,7 @@ class Tracker:
 
     def _tell(self, event: str, details: dict[str, Any]) -> None:
         if self._on_event is None:
+            self._logger.warning("%s: %s", event, details)
             return
         try:
             self._on_event(event, details)
@@ -716,11 +707,38 @@ def mlflow_client(uri: str) -> Any:
     path = _sqlite_path(uri)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # One line for each of 40 schema migrations, on the terminal, at the first run.
-        logging.getLogger("alembic").setLevel(logging.WARNING)
     from mlflow import MlflowClient
 
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    if path is None:
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    # One line for each of 40 schema migrations, on the terminal, at the first run.
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    with _one_at_a_time(path):
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        client.search_experiments(max_results=1)  # makes the tables where there are none
+    return client
+
+
+@contextlib.contextmanager
+def _one_at_a_time(database: Path) -> Iterator[None]:
+    """Hold a lock beside a database: two processes that make its tables at once break both."""
+    try:
+        lock = open(database.with_name(f"{database.name}.lock"), "ab")
+    except PermissionError:  # somebody else's storage, read only: its tables are there
+        yield
+        return
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+_QUICK = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "3",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0",
+}
 
 
 def set_quick_timeouts() -> None:
@@ -729,13 +747,27 @@ def set_quick_timeouts() -> None:
     MLflow's default is 8 tries of up to 120 s: 16 minutes in which the sink could neither stop nor
     tell anybody. MLflow reads these variables at each request and has no other way to set them.
     """
-    for name, value in {
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "3",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-        "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0",
-    }.items():
+    for name, value in _QUICK.items():
         os.environ.setdefault(name, value)
+
+
+@contextlib.contextmanager
+def patient_timeouts() -> Iterator[None]:
+    """Allow a minute for each request while the block runs, where ours would be 3 s.
+
+    For uploads of weights, which a server may take long to answer. The sink's thread gets the same
+    patience meanwhile, which costs nobody anything.
+    """
+    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    before = os.environ.get(name)
+    if before != _QUICK[name]:  # the user's own choice, or MLflow's 120 s
+        yield
+        return
+    os.environ[name] = "60"
+    try:
+        yield
+    finally:
+        os.environ[name] = before
 
 
 def _sqlite_path(uri: str) -> Path | None:

@@ -2,9 +2,14 @@
 
 import hashlib
 import json
+import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -264,3 +269,38 @@ def test_promote_job(export, mlflow_uri, run_id, tmp_path):
     failed = promote_job("--model", "clap", "--storage", str(tmp_path / "runs"), cwd=ROOT)
     assert failed.returncode == 2 and failed.stderr.count("\n") == 1
     assert "registered models: clip" in failed.stderr
+
+
+@pytest.mark.slow
+def test_through_a_real_server(export, mlflow_uri, tmp_path, monkeypatch):
+    for name in ("TIMEOUT", "MAX_RETRIES"):
+        monkeypatch.delenv(f"MLFLOW_HTTP_REQUEST_{name}", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1",
+         "--backend-store-uri", mlflow_uri, "--artifacts-destination", str(tmp_path / "served")],
+        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    uri = f"http://127.0.0.1:{port}"
+    try:
+        end = time.monotonic() + 180
+        while True:
+            try:
+                assert urllib.request.urlopen(f"{uri}/health", timeout=2).status == 200
+                break
+            except OSError:
+                assert time.monotonic() < end
+                time.sleep(0.2)
+        client = mlflow_client(uri)
+        run = client.create_run(client.create_experiment("served")).info
+        assert run.artifact_uri.startswith("mlflow-artifacts:/")
+        assert register(export, "clip", run.run_id, {}, uri) == "1"
+        assert register(export, "clip", run.run_id, {}, uri) == "1"
+        assert promote("clip", "1", uri).digest == model_digest(export)
+        for name in ("models:/clip@champion", "models:/clip/1", f"runs:/{run.run_id}"):
+            assert Encoder.load(name, "cpu", uri).digest == model_digest(export)
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)

@@ -1,9 +1,11 @@
 """The sink: MLflow's series equals the journal after every kind of outage, and nobody waits."""
 
 import json
+import os
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -22,11 +24,14 @@ from clip_ray.tracking import (
     flatten,
     mask,
     mlflow_client,
+    patient_timeouts,
     redact,
     require_tracking_uri,
+    set_quick_timeouts,
     source_version,
 )
 
+ROOT = Path(__file__).parents[1]
 QUICK = TrackingConfig(flush_s=0.02)
 CANARY = "hunter2-canary"
 
@@ -416,7 +421,8 @@ def test_canary_no_secret_reaches_mlflow(storage, journal):
         "aws": {"secret_access_key": CANARY, "session_token": CANARY, "Password": CANARY},
         "tokenizer": {"vocab": "clip"},
     }
-    sink.log_params(flatten(nested))
+    nested["sources"] = ({"token": CANARY},)
+    sink.log_params(nested)
     sink.set_tags({"source": f"http://u:{CANARY}@h"})
     sink.log_dataset("d", f"s3://u:{CANARY}@b/manifest", "ab")
     assert sink.finish("FINISHED", 30)
@@ -513,8 +519,6 @@ class Gate:
 
 @pytest.mark.slow
 def test_a_real_server_behind_a_bad_network(tmp_path, storage, journal, monkeypatch):
-    import os
-    import sys
 
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -553,3 +557,32 @@ def _listens(port: int) -> bool:
         return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).status == 200
     except OSError:
         return False
+
+
+def test_processes_that_start_together_make_one_database(tmp_path):
+    code = (
+        "import sys; from clip_ray.tracking import mlflow_client; "
+        "print(len(mlflow_client(sys.argv[1]).search_experiments()))"
+    )
+    command = [sys.executable, "-c", code, f"sqlite:///{tmp_path}/new/mlflow.db"]
+    both = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+        for _ in range(2)
+    ]
+    for process in both:
+        out, err = process.communicate(timeout=120)
+        assert (process.returncode, out) == (0, b"1\n"), err
+        assert err == b""  # nothing on a user's terminal
+
+
+def test_uploads_get_more_time_than_the_sink(monkeypatch):
+    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    monkeypatch.delenv(name, raising=False)
+    set_quick_timeouts()
+    with patient_timeouts():
+        assert os.environ[name] == "60"
+    assert os.environ[name] == "3"
+    monkeypatch.setenv(name, "7")  # the user's own
+    set_quick_timeouts()
+    with patient_timeouts():
+        assert os.environ[name] == "7"

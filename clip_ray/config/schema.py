@@ -107,6 +107,20 @@ class DataConfig(Section):
         None, description="K: steps over which a slot is dealt; none = 8, less for small sets"
     )
     max_pixels: PositiveInt = Field(64_000_000, description="pixels above which an image is void")
+    crop_margin: float = Field(
+        0.0, ge=0, description="the resized shorter side, over the crop's side, less 1"
+    )
+    templates: tuple[str, ...] = Field(
+        (), description="captions are put into one of these, drawn by position; {c} is the caption"
+    )
+
+    @field_validator("templates")
+    @classmethod
+    def _place_for_the_caption(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
+        for template in templates:
+            if "{c}" not in template:
+                raise ValueError(f"{template!r} has no {{c}}, the place of the caption")
+        return templates
 
     @model_validator(mode="after")
     def _weights_on_all_or_none(self) -> DataConfig:

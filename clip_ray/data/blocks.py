@@ -173,15 +173,23 @@ class BlockReader:
                     )
                     continue
                 assert isinstance(sample, Sample)
-                crop = np.random.Generator(
+                # By position: the same crop and template whoever reads the block, and how often.
+                rng = np.random.Generator(
                     np.random.Philox(key=[self.plan.seed, int(position[row])])
                 )
-                block["pixels"][at] = train_crop(pixels, self.image_size, crop)
+                margin = self.config.crop_margin
+                block["pixels"][at] = train_crop(pixels, self.image_size, rng, margin)
                 block["valid"][at] = True
-                captions.append(sample.caption)
+                captions.append(self._caption(sample, rng))
                 captioned.append(at)
         if captions:
             block["ids"][captioned], block["truncated"][captioned] = self.tokenizer(captions)
+
+    def _caption(self, sample: Sample, rng: np.random.Generator) -> str:
+        templates = self.config.templates
+        if not templates:
+            return sample.caption
+        return templates[int(rng.integers(len(templates)))].replace("{c}", sample.caption)
 
     def _decode(self, sample: Sample | BadSample) -> NDArray[np.uint8] | BadSample:
         if isinstance(sample, BadSample):

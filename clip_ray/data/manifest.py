@@ -349,7 +349,7 @@ def _jobs(data: DataConfig) -> tuple[list[Job], dict[str, Any]]:
         select = _read_keys(source.select, data.s3, f"data.sources[{number}].select")
         selects.append(_keys_digest(select))
         kept_out = IndexOptions(data.holdout, select, exclude or frozenset())
-        for file in expand(source.path, data.s3):
+        for file in _without_metadata(expand(source.path, data.s3)):
             if file.path in owner:
                 raise DataError(
                     f"shard {file.path} is in data.sources[{owner[file.path]}] and again in "
@@ -359,6 +359,12 @@ def _jobs(data: DataConfig) -> tuple[list[Job], dict[str, Any]]:
             jobs.append(Job(len(jobs), number, file, source, data.s3, kept_out))
     options["select"] = selects
     return jobs, options
+
+
+def _without_metadata(files: list[FileInfo]) -> list[FileInfo]:
+    """Drop 00000.parquet beside 00000.tar: img2dataset's record of the tar, without images."""
+    tars = {file.path[: -len(".tar")] for file in files if file.path.lower().endswith(".tar")}
+    return [file for file in files if file.path.removesuffix(".parquet") not in tars]
 
 
 def _read_keys(path: str | None, s3: S3Options, option: str) -> frozenset[str] | None:

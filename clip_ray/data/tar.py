@@ -30,6 +30,7 @@ STRIDE = 8  # samples between recorded offsets: 1 byte a sample in the manifest
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
 _LOCAL_CHUNK = 4096  # a header and a caption at once; image payloads are skipped
+_TAIL = 1 << 20  # bytes after the end mark that are looked at; tar pads to 10 KiB by default
 _S3_CHUNK = 16 << 20  # a request costs ~50 ms: bytes are cheaper than round trips
 
 
@@ -166,6 +167,8 @@ def read_tar(
                     caption.replaced_utf8,
                     caption.texts[1:],
                 )
+                if len(result) == len(wanted):
+                    break
             ordinal += 1
     except (CutError, DamageError) as error:
         for lost in wanted - result.keys():
@@ -265,6 +268,9 @@ def members(data: Bytes, start: int, stop: int, complete: bool) -> Iterator[Memb
         if len(header) < BLOCK:
             raise CutError(f"in a header, at byte {stop}")
         if header == _ZEROS:
+            # Readers stop here without a word, and what `cat a.tar b.tar` appended is lost.
+            if complete and data.get(at, min(at + _TAIL, stop)).strip(b"\0"):
+                raise DamageError(f"data follow the end mark at byte {at} (concatenated tars?)")
             return
         kind, size = _check(header, at)
         payload = at + BLOCK

@@ -18,14 +18,14 @@ from clip_ray.config import S3Options
 from clip_ray.errors import DataError
 from clip_ray.eval.datasets import CLASSNAMES, EvalDataset, Sample, open_dataset
 from clip_ray.eval.prompts import DEFAULT_TEMPLATES
-from clip_ray.eval.retrieval import retrieval
+from clip_ray.eval.retrieval import RECALLS, retrieve
 from clip_ray.eval.zero_shot import classifier, score
 from clip_ray.images import ImageError
 
 if TYPE_CHECKING:
     from clip_ray.inference import Encoder
 
-_SHOWN = 32  # pairs in the similarity figure
+SHOWN = 32  # pairs in the similarity figure
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,10 @@ def _retrieval(
     image_of_text = np.array(read.image_of_caption, np.int64)
     # An image without a caption is no query and no candidate.
     kept, image_of_text = np.unique(image_of_text, return_inverse=True)
-    metrics = retrieval(image_IE[kept], text_TE, image_of_text)
-    first = np.unique(image_of_text, return_index=True)[1][:_SHOWN]
-    return metrics, image_IE[kept[:_SHOWN]] @ text_TE[first].T
+    scores = retrieve(image_IE[kept], text_TE, image_of_text)
+    metrics = {}
+    for k in RECALLS:
+        metrics[f"retrieval.image_to_text.r{k}"] = scores.image_to_text[k]
+        metrics[f"retrieval.text_to_image.r{k}"] = scores.text_to_image[k]
+    first = np.unique(image_of_text, return_index=True)[1][:SHOWN]
+    return metrics, image_IE[kept[:SHOWN]] @ text_TE[first].T

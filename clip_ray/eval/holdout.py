@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 
@@ -12,6 +10,7 @@ from clip_ray.contrastive import clip_loss
 from clip_ray.data.manifest import Manifest
 from clip_ray.data.shards import Sample, read_ordinals
 from clip_ray.errors import DataError
+from clip_ray.eval.evaluate import SHOWN, Result
 from clip_ray.eval.retrieval import RECALLS, retrieve
 from clip_ray.images import decode
 from clip_ray.inference import Encoder
@@ -41,11 +40,11 @@ def _decodes(sample: Sample, max_pixels: int) -> bool:
     return True
 
 
-def evaluate_holdout(encoder: Encoder, manifest: Manifest, data: DataConfig) -> dict[str, Any]:
-    """Return `loss` over the held-out samples as one batch, and retrieval among them."""
+def evaluate_holdout(encoder: Encoder, manifest: Manifest, data: DataConfig) -> Result:
+    """Return the `loss` over the held-out samples as one batch, and retrieval among them."""
     pairs = read_pairs(manifest, data, MAX_SAMPLES)
     if not pairs:
-        return {"samples": 0}
+        return Result("holdout", {}, samples=0)
     images = encoder.encode_images([p.image for p in pairs])
     texts = encoder.encode_texts([p.caption for p in pairs])
     with torch.no_grad():
@@ -57,4 +56,5 @@ def evaluate_holdout(encoder: Encoder, manifest: Manifest, data: DataConfig) -> 
         for k in RECALLS
         for direction in ("image_to_text", "text_to_image")
     }
-    return {"samples": len(pairs), "loss": float(loss), **recalls}
+    shown = images[:SHOWN] @ texts[:SHOWN].T
+    return Result("holdout", {"loss": float(loss), **recalls}, len(pairs), similarity=shown)

@@ -1,6 +1,7 @@
 """Evaluation for people: a text table for the terminal, and figures as PNG bytes.
 
-No captions and no images in any figure: those are the data set owner's.
+Captions and images are the data set owner's: a caller passes keys as names, unless
+tracking.samples allows more.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MAX_NAMES = 40  # class names beside a matrix; more cannot be read
+_NAME_CHARS = 32
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -38,16 +40,22 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def similarity_figure(similarity: NDArray[np.float32]) -> bytes:
+def similarity_figure(
+    similarity: NDArray[np.float32], rows: Sequence[str] = (), columns: Sequence[str] = ()
+) -> bytes:
     """Return the heat map of image-text cosines as PNG.
 
     Args:
         similarity: (rows, columns); pairs stand on the diagonal.
+        rows: names of the images, or none.
+        columns: names of the captions (keys, unless tracking.samples allows the text), or none.
     """
-    figure, axes = _figure(5.5, 4.5)
+    side = 5.0 if max(len(rows), len(columns)) == 0 else 7.0
+    figure, axes = _figure(side + 1, side)
     shown = axes.imshow(similarity, cmap="viridis", interpolation="nearest")
     figure.colorbar(shown, ax=axes, label="cosine")
     axes.set(xlabel="caption", ylabel="image", title="Image-text similarity")
+    _name(axes, rows, columns)
     return _png(figure)
 
 
@@ -64,11 +72,7 @@ def confusion_figure(confusion: NDArray[np.int64], names: Sequence[str]) -> byte
     shown = axes.imshow(rows, cmap="magma", vmin=0, vmax=1, interpolation="nearest")
     figure.colorbar(shown, ax=axes, label="fraction of the class")
     axes.set(xlabel="predicted", ylabel="true", title="Zero-shot classification")
-    if len(names) <= _MAX_NAMES:
-        # A dollar sign would start a formula.
-        labels = [name[:24].replace("$", r"\$") for name in names]
-        axes.set_xticks(range(len(names)), labels, rotation=90, fontsize=7)
-        axes.set_yticks(range(len(names)), labels, fontsize=7)
+    _name(axes, names, names)
     return _png(figure)
 
 
@@ -100,6 +104,20 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots()
+
+
+def _name(axes: Axes, rows: Sequence[str], columns: Sequence[str]) -> None:
+    """Write names beside a matrix where there are few enough to read."""
+
+    def short(name: str) -> str:
+        name = name if len(name) <= _NAME_CHARS else name[: _NAME_CHARS - 1] + "…"
+        return name.replace("$", r"\$")  # a dollar sign would start a formula
+
+    if 0 < len(rows) <= _MAX_NAMES:
+        axes.set_yticks(range(len(rows)), [short(name) for name in rows], fontsize=7)
+    if 0 < len(columns) <= _MAX_NAMES:
+        names = [short(name) for name in columns]
+        axes.set_xticks(range(len(columns)), names, rotation=90, fontsize=7)
 
 
 def _png(figure: Figure) -> bytes:

@@ -6,6 +6,8 @@ data set.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,14 +18,23 @@ RECALLS = (1, 5, 10)
 _BLOCK_ELEMENTS = 1 << 24  # 64 MB of float32 similarities
 
 
-def retrieval(
-    image_features: Floats, text_features: Floats, image_of_text: NDArray[np.int64]
-) -> dict[str, float]:
-    """Return recall over all images and all captions, as fractions in [0, 1].
+@dataclass(frozen=True)
+class RetrievalScores:
+    """Recall by k (1, 5, 10), as fractions in [0, 1].
 
-    `retrieval.image_to_text.r<k>` is the share of images with one of their captions among the k
-    nearest texts, `retrieval.text_to_image.r<k>` that of captions with their image among the k
-    nearest images; k is 1, 5 and 10.
+    Attributes:
+        image_to_text: images with one of their captions among the k nearest texts.
+        text_to_image: captions with their image among the k nearest images.
+    """
+
+    image_to_text: dict[int, float]
+    text_to_image: dict[int, float]
+
+
+def retrieve(
+    image_features: Floats, text_features: Floats, image_of_text: NDArray[np.int64]
+) -> RetrievalScores:
+    """Score retrieval over all images and all captions.
 
     Args:
         image_features: (I, E) of unit length.
@@ -32,11 +43,10 @@ def retrieval(
     """
     own_I = np.arange(len(image_features))
     assert len(np.unique(image_of_text)) == len(own_I), "an image without a caption"
-    ways = {
-        "image_to_text": _recalls(image_features, text_features, own_I, image_of_text),
-        "text_to_image": _recalls(text_features, image_features, image_of_text, own_I),
-    }
-    return {f"retrieval.{way}.r{k}": x for way, found in ways.items() for k, x in found.items()}
+    return RetrievalScores(
+        image_to_text=_recalls(image_features, text_features, own_I, image_of_text),
+        text_to_image=_recalls(text_features, image_features, image_of_text, own_I),
+    )
 
 
 def _recalls(

@@ -13,7 +13,7 @@ from clip_ray.config import Config
 from clip_ray.errors import CheckpointError, ClipRayError
 from clip_ray.eval.evaluate import evaluate
 from clip_ray.eval.holdout import evaluate_holdout
-from clip_ray.eval.report import loss_curve, similarity_matrix
+from clip_ray.eval.report import confusion_figure, loss_figure, similarity_figure
 from clip_ray.inference import Encoder
 from clip_ray.optim import build_optimizer
 from clip_ray.registry import load_export, register, write_export
@@ -47,10 +47,12 @@ def export_model(run: Run, run_id: str | None) -> str:
     return write_export(run.store.child("export"), model, run.tokenizer, origin)
 
 
-def evaluate_model(run: Run, share: Share, say: Callable[[str], None]) -> dict[str, Row]:
+def evaluate_model(
+    run: Run, share: Share, say: Callable[[str], None]
+) -> tuple[dict[str, Row], dict[str, bytes]]:
     """Evaluate the export on each data set and the hold-out, one Ray task each.
 
-    An evaluation that fails is reported under its data set as `error`; it does not fail the run.
+    Returns the results by data set, and figures by name. An evaluation that fails is reported under its data set as `error`; it does not fail the run.
     """
     task = _evaluate_task.options(num_cpus=1, num_gpus=share.worker_gpus)
     jobs: dict[str, Any] = {}
@@ -59,29 +61,41 @@ def evaluate_model(run: Run, share: Share, say: Callable[[str], None]) -> dict[s
     if len(run.manifest.holdout_items()[0]):
         jobs["holdout"] = task.remote(run.store.uri, run.config, None, ray.put(run.manifest))
     results: dict[str, Row] = {}
+    figures: dict[str, bytes] = {}
     for name, job in jobs.items():
         say(f"evaluating on {name}")
         try:
-            results[name] = ray.get(job, timeout=EVALUATION_TIMEOUT_S)
+            results[name], drawn = ray.get(job, timeout=EVALUATION_TIMEOUT_S)
+            figures |= {f"{name}-{kind}": figure for kind, figure in drawn.items()}
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
             results[name] = {"error": str(error).strip().splitlines()[-1]}
             say(f"! {name}: {results[name]['error']}")
-    return results
+    return results, figures
 
 
 @ray.remote
-def _evaluate_task(run_uri: str, config: Config, dataset: str | None, manifest: Any) -> Row:
+def _evaluate_task(
+    run_uri: str, config: Config, dataset: str | None, manifest: Any
+) -> tuple[Row, dict[str, bytes]]:
     model, tokenizer, info = load_export(open_store(run_uri, config.run.s3).child("export"))
     encoder = Encoder(model, tokenizer, info, batch=config.eval.batch)
     if dataset is None:
-        return evaluate_holdout(encoder, manifest, config.data)
-    return evaluate(encoder, dataset, config.eval.batch, s3=config.data.s3).to_dict()
+        result = evaluate_holdout(encoder, manifest, config.data)
+    else:
+        result = evaluate(encoder, dataset, config.eval.batch, s3=config.data.s3)
+    figures = {}
+    if result.similarity is not None:
+        figures["similarity"] = similarity_figure(result.similarity)
+    if result.confusion is not None:
+        figures["confusion"] = confusion_figure(result.confusion, result.classnames)
+    return result.to_dict(), figures
 
 
 def summarize(
     run: Run,
     tracker: Tracker,
     results: dict[str, Row],
+    figures: dict[str, bytes],
     digest: str,
     begun: float,
     say: Callable[[str], None],
@@ -122,7 +136,10 @@ def summarize(
     for name, metrics in results.items():
         numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
         tracker.log_metrics({f"{name}/{k}": float(v) for k, v in numbers.items()}, commit.step)
-    _log_figures(run, tracker, line)
+    figures["loss"] = loss_figure(line)
+    for name, figure in figures.items():
+        run.store.write(f"figures/{name}.png", figure)
+        tracker.log_figure(figure, f"figures/{name}.png")
     if config.tracking.register_model and summary["run_id"]:
         name = config.tracking.model_name or config.run.name
         try:
@@ -135,28 +152,3 @@ def summarize(
             say(f"! not registered: {error}")
     run.store.write("summary.json", json.dumps(summary, indent=1).encode())
     return summary
-
-
-def _log_figures(run: Run, tracker: Tracker, line: list[Row]) -> None:
-    figures = {"figures/loss.png": loss_curve(line)}
-    similarity = _similarity(run)
-    if similarity is not None:
-        figures["figures/similarity.png"] = similarity
-    for name, figure in figures.items():
-        run.store.write(name, figure)
-        tracker.log_figure(figure, name)
-
-
-def _similarity(run: Run) -> bytes | None:
-    """Draw the similarities of held-out pairs, or of the first training pairs without any."""
-    from clip_ray.eval.holdout import read_pairs
-
-    pairs = read_pairs(run.manifest, run.config.data, 16)
-    if not pairs:
-        return None
-    model, tokenizer, info = load_export(run.store.child("export"))
-    encoder = Encoder(model, tokenizer, info)
-    images = encoder.encode_images([p.image for p in pairs])
-    texts = encoder.encode_texts([p.caption for p in pairs])
-    shown = [p.caption if run.config.tracking.samples else p.key for p in pairs]
-    return similarity_matrix(images @ texts.T, shown, shown)

@@ -26,9 +26,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from clip_ray import errors
-from clip_ray.config import Config
+from clip_ray.config import Config, S3Options
 from clip_ray.config.load import flatten
-from clip_ray.data.bundled import unbundle
+from clip_ray.data.bundled import PREFIX, unbundle
 from clip_ray.data.manifest import Manifest, build_manifest
 from clip_ray.data.quarantine import BadSample, summarise
 from clip_ray.errors import ClipRayError, ClusterError, DataError, TrainingError
@@ -71,8 +71,15 @@ def resolve(config: Config) -> Config:
         s.model_copy(update={"path": place(s.path), "select": s.select and place(s.select)})
         for s in config.data.sources
     )
+    # A bundled set is copied to where the run is: it is reached as the run is.
+    bundled = any(s.path.startswith(PREFIX) for s in config.data.sources)
+    s3 = config.run.s3 if bundled and config.data.s3 == S3Options() else config.data.s3
     data = config.data.model_copy(
-        update={"sources": sources, "exclude": config.data.exclude and place(config.data.exclude)}
+        update={
+            "s3": s3,
+            "sources": sources,
+            "exclude": config.data.exclude and place(config.data.exclude),
+        }
     )
     vocab = config.tokenizer.vocab
     return config.model_copy(
@@ -396,8 +403,8 @@ def _finish(run: Run, share: Share, tracker: Tracker, begun: float, say: Say) ->
     """Export, evaluate, register and sum up a run that has reached its last step."""
     digest = export_model(run, tracker.wait_run_id(10))
     say(f"exported: {run.store.uri}/export (digest {digest[:12]})")
-    results = evaluate_model(run, share, say)
-    summary = summarize(run, tracker, results, digest, begun, say)
+    results, figures = evaluate_model(run, share, say)
+    summary = summarize(run, tracker, results, figures, digest, begun, say)
     say("\n" + summary_table(summary, run))
     return summary
 

@@ -18,6 +18,8 @@ from clip_ray.errors import ConfigError, DataError
 from clip_ray.storage import open_store
 from tests.data.shard_files import cut, images, pairs, write_parquet, write_tar
 
+FORMAT_1_DIGEST = "d69a50a4b70695620b69111d06d5bb79eccffcc18af160e72f946366a9fab89b"
+
 
 def config(*paths: Path | str, **options: object) -> DataConfig:
     sources = tuple(SourceConfig(path=str(path)) for path in paths)
@@ -164,6 +166,17 @@ def test_what_cannot_be_trained_on_is_refused(folder: Path, tmp_path: Path) -> N
         build_manifest(DataConfig(sources=(wrong,)))
 
 
+def test_an_img2dataset_folder_is_read_as_it_lies(tmp_path: Path) -> None:
+    # Beside each tar lie its metadata and statistics.
+    for number in range(2):
+        write_tar(tmp_path / f"0000{number}.tar", pairs(5))
+        metadata = {"key": pa.array(["00000"]), "url": pa.array(["x"]), "caption": pa.array(["y"])}
+        write_parquet(tmp_path / f"0000{number}.parquet", metadata)
+        (tmp_path / f"0000{number}_stats.json").write_text("{}")
+    built = build_manifest(config(tmp_path))
+    assert len(built) == 2 and built.total == 10 and built.skipped == {}
+
+
 def test_unknown_columns_are_an_error_of_the_shard(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", {"a": pa.array([1]), "b": pa.array([2])})
     with pytest.raises(DataError, match=f"shard {path}: no image column: .* it has a, b"):
@@ -188,6 +201,15 @@ def test_a_newer_or_foreign_or_damaged_file_is_refused(
     monkeypatch.setattr(manifests, "FORMAT", 1)
     with pytest.raises(DataError, match="has format 2, this code reads up to 1"):
         Manifest.from_bytes(newer)
+
+
+def test_format_1_is_read() -> None:
+    # Written by the first version of the code; never to be regenerated.
+    data = (Path(__file__).parent / "manifest-1.parquet").read_bytes()
+    built = Manifest.from_bytes(data)
+    assert built.train_counts.tolist() == [17, 6, 6] and built.total == 29
+    assert built.digest == FORMAT_1_DIGEST
+    assert built.skipped == {"empty-shard": 1, "missing-image": 2}
 
 
 def test_sources_on_s3_and_key_lists_there(folder: Path, s3: S3Options) -> None:

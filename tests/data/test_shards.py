@@ -287,6 +287,14 @@ def test_no_tar_and_a_compressed_tar_are_refused(tmp_path: Path) -> None:
         index(path)
 
 
+def test_concatenated_tars_are_refused(tmp_path: Path) -> None:
+    # tarfile and webdataset read the first one and say nothing.
+    both = write_tar(tmp_path / "a.tar", pairs(2)).read_bytes() * 2
+    (tmp_path / "a.tar").write_bytes(both)
+    with pytest.raises(DataError, match="data follow the end mark"):
+        index(tmp_path / "a.tar")
+
+
 def test_a_changed_shard_is_void_as_a_whole(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", pairs(5))
     shard = index(path).shard

@@ -138,7 +138,7 @@ def test_retrieval_alone(tmp_path, colors):
 def test_on_s3(s3, dataset, colors):
     store = open_store("s3://bucket/eval/colors", s3)
     for path in dataset.rglob("*.*"):
-        store.upload(path, str(path.relative_to(dataset)))
+        store.write(str(path.relative_to(dataset)), path.read_bytes())
     result = evaluate(colors, store.uri, s3=s3)
     assert result.to_dict() == evaluate(colors, str(dataset)).to_dict()
 
@@ -178,7 +178,7 @@ def test_report():
     )
     records = [{"step": 0, "loss": 1.0}, {"step": 1, "loss": float("nan")}, {"step": 2, "loss": 2}]
     for data in (
-        similarity_figure(np.eye(4, dtype=np.float32)),
+        similarity_figure(np.eye(4, dtype=np.float32), list("abcd"), ["$" * 50] * 4),
         confusion_figure(np.eye(3, dtype=np.int64), ["a", "$b", "c"]),
         loss_figure(records),
     ):

@@ -7,7 +7,7 @@ import pytest
 
 import clip_ray.eval.retrieval as module
 from clip_ray.eval.ranks import hit_rate
-from clip_ray.eval.retrieval import retrieval
+from clip_ray.eval.retrieval import retrieve
 
 
 def unit(features):
@@ -32,22 +32,22 @@ def test_equals_the_dumb_one(monkeypatch, block):
     rng.shuffle(image_of_text)
     images = unit(rng.normal(size=(20, 8)))
     texts = unit(images[image_of_text] + rng.normal(size=(53, 8)))
-    found = retrieval(images, texts, image_of_text)
+    found = retrieve(images, texts, image_of_text)
     for k in (1, 5, 10):
         to_text, to_image = dumb(images, texts, image_of_text, k)
-        assert found[f"retrieval.image_to_text.r{k}"] == pytest.approx(to_text)
-        assert found[f"retrieval.text_to_image.r{k}"] == pytest.approx(to_image)
-    assert 0 < found["retrieval.image_to_text.r1"] < 1
+        assert found.image_to_text[k] == pytest.approx(to_text)
+        assert found.text_to_image[k] == pytest.approx(to_image)
+    assert 0 < found.image_to_text[1] < 1
 
 
 def test_a_constant_embedding_has_chance_level():
     rng = np.random.default_rng(0)
     one = unit(rng.normal(size=(1, 512)))
     images, texts = np.repeat(one, 100, axis=0), np.repeat(one, 100, axis=0)
-    found = retrieval(images, texts, np.arange(100))
+    found = retrieve(images, texts, np.arange(100))
     for k in (1, 5, 10):
-        assert found[f"retrieval.image_to_text.r{k}"] == pytest.approx(k / 100)
-        assert found[f"retrieval.text_to_image.r{k}"] == pytest.approx(k / 100)
+        assert found.image_to_text[k] == pytest.approx(k / 100)
+        assert found.text_to_image[k] == pytest.approx(k / 100)
 
 
 def test_hit_rate_is_the_mean_over_all_orders_of_the_tie():
@@ -64,6 +64,6 @@ def test_hit_rate_is_the_mean_over_all_orders_of_the_tie():
 def test_memory_stays_bounded_for_5k():
     rng = np.random.default_rng(0)
     images = unit(rng.normal(size=(2000, 16)))
-    found = retrieval(images, images[rng.permutation(2000)], np.arange(2000))
-    assert found["retrieval.text_to_image.r10"] < 0.05
-    assert retrieval(images, images, np.arange(2000))["retrieval.image_to_text.r1"] == 1
+    found = retrieve(images, images[rng.permutation(2000)], np.arange(2000))
+    assert found.text_to_image[10] < 0.05
+    assert retrieve(images, images, np.arange(2000)).image_to_text[1] == 1

@@ -1,0 +1,59 @@
+# CLIP-Ray's commands; `make help` lists them. Works with GNU make 3.81 and any POSIX shell.
+
+VENV ?= .venv
+export PYTHON
+BIN := $(VENV)/bin
+STORAGE ?= runs
+# Another package index for torch, e.g. https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+TORCH_PIN := $(shell grep '^torch==' constraints.txt)
+NOT_SELECTED := not slow and not chaos and not bench and not gpu
+
+.PHONY: help install quickstart test test-slow lint format ui bench clean
+
+help:  ## list the commands
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -e 's/:.*##/:/' | awk -F': *' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+install: $(VENV)/.installed  ## create .venv and install everything
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@sh cluster/make-venv.sh $(VENV)
+	@if [ -n "$(TORCH_INDEX)" ]; then $(BIN)/python -m pip install -q --index-url $(TORCH_INDEX) $(TORCH_PIN); fi
+	@echo "installing (a few minutes, once)"
+	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
+	@touch $@
+
+quickstart: install  ## pre-train, evaluate and promote a small CLIP on the bundled data
+	@$(BIN)/python jobs/pretrain.py --run.storage $(STORAGE)
+	@$(BIN)/python jobs/promote.py --model quickstart --storage $(STORAGE)
+	@echo
+	@echo "next:"
+	@echo "  make ui                                                  browse the run in MLflow"
+	@echo "  $(BIN)/python jobs/pretrain.py --run.extend 200          go on from where it ended"
+	@echo "  $(BIN)/python jobs/prepare.py --help                     make shards of your own pictures"
+	@echo "  $(BIN)/python jobs/evaluate.py --model models:/quickstart@champion --dataset $(STORAGE)/bundled/starter"
+	@echo "  README.md, \"Your own data\" and \"On a cluster\""
+
+test: install  ## unit and Ray integration tests (under 15 minutes on 2 cores)
+	@$(BIN)/python -m pytest -m "$(NOT_SELECTED)"
+
+test-slow: install  ## the tests that take minutes each
+	@$(BIN)/python -m pytest -m "slow"
+
+lint: install  ## ruff and mypy
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+format: install  ## let ruff rewrite the code
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+ui: install  ## the MLflow UI on a free loopback port (STORAGE=runs)
+	@$(BIN)/python jobs/ui.py --storage $(STORAGE)
+
+bench: install  ## the benchmarks; prints tables of ratios
+	@$(BIN)/python -m pytest -m bench -s tests/benchmarks
+
+clean:  ## remove .venv and caches; runs stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

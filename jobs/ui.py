@@ -1,0 +1,40 @@
+"""Open the MLflow UI over a storage directory, on a free port of the loopback interface."""
+
+import argparse
+import os
+import socket
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from clip_ray.tracking import default_tracking_uri  # noqa: E402
+
+
+def main() -> int:
+    """Become the MLflow server; ends with Ctrl-C."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--storage", default="runs", help="the runs' directory (run.storage)")
+    parser.add_argument("--port", type=int, default=0, help="port; 0 = a free one")
+    options = parser.parse_args()
+    storage = Path(options.storage).absolute()
+    if not (storage / "mlflow.db").exists():
+        print(f"error: {storage}: no mlflow.db; run `make quickstart` first", file=sys.stderr)
+        return 2
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", options.port))
+        port = probe.getsockname()[1]
+    # Without these the server starts eight more processes and phones home.
+    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    print(f"MLflow: http://127.0.0.1:{port}  (Ctrl-C ends it)", flush=True)
+    arguments = [
+        *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)),
+        *("--backend-store-uri", default_tracking_uri(None, str(storage)), "--workers", "1"),
+        *("--default-artifact-root", str(storage / "mlartifacts")),
+    ]
+    os.execv(sys.executable, arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
