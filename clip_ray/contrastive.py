@@ -169,14 +169,16 @@ class _TiledClipLoss(torch.autograd.Function):
         world = settings.world_size
         logits = _Logits(image_BE, text_GE, scale, valid_B, valid_G, settings, ctx.kept)
         image_grad, text_grad = torch.zeros_like(image_BE), torch.zeros_like(text_GE)
-        for rows, columns in logits.tiles():
-            tile = logits.tile(rows, columns)
-            grad = (tile - row_lse[rows, None]).exp_() + (tile - column_lse[columns]).exp_()
-            # Subtracted here and not after the product: a converged pair would otherwise get
-            # rounding noise for a gradient.
-            _subtract_positives(grad, rows, columns, ctx.first, valid_B)
-            image_grad[rows] += grad @ text_GE[columns]
-            text_grad[columns] += grad.T @ image_BE[rows]
+        # The caller may run backward inside autocast, which would reach these products.
+        with torch.autocast(image_BE.device.type, enabled=False):
+            for rows, columns in logits.tiles():
+                tile = logits.tile(rows, columns)
+                grad = (tile - row_lse[rows, None]).exp_() + (tile - column_lse[columns]).exp_()
+                # Subtracted here and not after the product: a converged pair would otherwise get
+                # rounding noise for a gradient.
+                _subtract_positives(grad, rows, columns, ctx.first, valid_B)
+                image_grad[rows] += grad @ text_GE[columns]
+                text_grad[columns] += grad.T @ image_BE[rows]
         factor = world * upstream[0] / (2 * valid_G.sum().clamp(min=1))
         scale_grad = factor * (image_BE * image_grad).sum()
         image_grad *= factor * scale

@@ -93,9 +93,7 @@ def measure(data: bytes) -> tuple[int, int]:
     return _jpeg_header(data) or _open_pillow(data, _JPEG_FORMATS).size
 
 
-def train_crop(
-    pixels: Pixels, size: int, rng: np.random.Generator, margin: float = 0.0
-) -> Pixels:
+def train_crop(pixels: Pixels, size: int, rng: np.random.Generator, margin: float = 0.0) -> Pixels:
     """Return a random square of an image, (3, size, size) uint8.
 
     "A random square crop from resized images is the only data augmentation" (Radford et al.

@@ -21,7 +21,13 @@ from clip_ray.config.schema import Config
 from clip_ray.errors import ConfigError
 
 
-def load_config(argv: Sequence[str], *, default_recipe: Path | None, program: str) -> Config:
+def load_config(
+    argv: Sequence[str],
+    *,
+    default_recipe: Path | None,
+    program: str,
+    defaults: dict[str, Any] | None = None,
+) -> Config:
     """Return the configuration that a command line describes.
 
     Args:
@@ -30,6 +36,7 @@ def load_config(argv: Sequence[str], *, default_recipe: Path | None, program: st
             and exits.
         default_recipe: used where no `--config` is given.
         program: shown by `--help`.
+        defaults: settings below the recipe's, for jobs that need fewer than training does.
 
     Raises:
         ConfigError: a file, key or value that cannot be used.
@@ -39,7 +46,7 @@ def load_config(argv: Sequence[str], *, default_recipe: Path | None, program: st
         _print_help(program)
         raise SystemExit(0)
     given = _read_recipe(recipe) if recipe is not None else {}
-    merged = _merge(given, _parse_flags(flags))
+    merged = _merge(_merge(defaults or {}, given), _parse_flags(flags))
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
@@ -137,7 +144,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
             _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
         )
     if "train" in over and isinstance(merged.get("train"), dict):
-        # A length on the command line replaces the recipe's, whatever its unit.
+        # A length on the command line replaces the recipe's, whatever its unit; so below that.
         lengths = {"steps", "samples", "passes"}
         if isinstance(over["train"], dict) and (given := lengths & over["train"].keys()):
             for other in lengths - given:

@@ -52,7 +52,10 @@ def evaluate_model(
 ) -> tuple[dict[str, Row], dict[str, bytes]]:
     """Evaluate the export on each data set and the hold-out, one Ray task each.
 
-    Returns the results by data set, and figures by name. An evaluation that fails is reported under its data set as `error`; it does not fail the run.
+    An evaluation that fails is reported under its data set as `error`; it does not fail the run.
+
+    Returns:
+        The results by data set, and PNG figures by name.
     """
     task = _evaluate_task.options(num_cpus=1, num_gpus=share.worker_gpus)
     jobs: dict[str, Any] = {}

@@ -15,25 +15,26 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+import ray.train
+import ray.train.torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from clip_ray import errors
 from clip_ray.config import Config, S3Options
 from clip_ray.config.load import flatten
 from clip_ray.data.bundled import PREFIX, unbundle
-from clip_ray.data.manifest import Manifest, build_manifest
+from clip_ray.data.manifest import Manifest
 from clip_ray.data.quarantine import BadSample, summarise
-from clip_ray.errors import ClipRayError, ClusterError, DataError, TrainingError
+from clip_ray.errors import ClipRayError, DataError, TrainingError
 from clip_ray.runtime.cluster import Share, absolute, check_storage, connected, wants_gpu
 from clip_ray.runtime.finish import evaluate_model, export_model, summarize
+from clip_ray.runtime.index import index_data
 from clip_ray.runtime.progress import ProgressLine, start_block, summary_table
 from clip_ray.runtime.recorder import CauseOfRestart, Recorder
 from clip_ray.runtime.worker import Job, Result, run_worker
@@ -120,7 +121,7 @@ def pretrain(config: Config, command: list[str], say: Say = print) -> Ended:
         say("starting Ray" if config.cluster.address is None else "connecting to Ray")
         with connected(config, gpu, token_dir) as share:
             check_storage(config, config.run.storage, config.tracking.uri)
-            run = prepare(store, config, lambda: _index(config, say), say)
+            run = prepare(store, config, lambda: index_data(config.data, say), say)
             return _run_job(run, share, command, stop, say)
 
 
@@ -139,34 +140,6 @@ def _finished(store: Store, config: Config, say: Say) -> Row | None:
 
 def _no_manifest() -> Manifest:
     raise AssertionError("the caller has checked that the manifest is there")
-
-
-def _index(config: Config, say: Say) -> Manifest:
-    """Build the manifest with Ray tasks, one a shard."""
-    from tqdm import tqdm
-
-    remote = ray.remote(num_cpus=1)(lambda job, function: function(job))
-
-    def over_the_cluster(function: Any, jobs: list[Any]) -> Iterable[Any]:
-        limit, todo, running = 4 * int(ray.cluster_resources().get("CPU", 1)), list(jobs), []
-        with tqdm(total=len(jobs), desc="indexing shards", disable=len(jobs) < 8) as bar:
-            while todo or running:
-                while todo and len(running) < limit:
-                    running.append(remote.remote(todo.pop(), function))
-                ready, running = ray.wait(running, timeout=600)
-                if not ready:
-                    raise ClusterError("no shard was indexed within 600 s; is the cluster full?")
-                bar.update(len(ready))
-                yield from ray.get(ready)
-
-    manifest = build_manifest(config.data, over_the_cluster)
-    skipped = ", ".join(f"{n} {reason}" for reason, n in manifest.skipped.items())
-    say(
-        f"indexed {len(manifest)} shards: {manifest.total} training samples, "
-        f"{len(manifest.holdout_items()[0])} held out"
-        + (f"; skipped: {skipped}" if skipped else "")
-    )
-    return manifest
 
 
 def _run_job(run: Run, share: Share, command: list[str], stop: _Signals, say: Say) -> Ended:
@@ -207,8 +180,9 @@ def _run_job(run: Run, share: Share, command: list[str], stop: _Signals, say: Sa
 
 def _start_recorder(run: Run) -> Any:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Recorder)
-    return actor.remote(run.store.uri, run.config.run.s3)
+    actor: Any = ray.remote(Recorder)
+    options = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": here}
+    return actor.options(**options).remote(run.store.uri, run.config.run.s3)
 
 
 def _start_tracker(run: Run, recorder: Any) -> Tracker:
@@ -263,22 +237,23 @@ def _fit(
     )
     resources = {"CPU": share.worker_cpus} | ({"GPU": 1} if share.worker_gpus else {})
     scratch = tempfile.mkdtemp(prefix="clip-ray-train-")
-    trainer = TorchTrainer(
+    api: Any = ray.train  # its static types are those of Train V1
+    trainer = api.torch.TorchTrainer(
         run_worker,
         train_loop_config={"job": job},
-        torch_config=TorchConfig(
+        torch_config=api.torch.TorchConfig(
             backend="cpu:gloo,cuda:nccl" if share.worker_gpus else "gloo",
             timeout_s=config.cluster.collective_timeout_s,
         ),
-        scaling_config=ScalingConfig(
+        scaling_config=api.ScalingConfig(
             num_workers=share.num_workers,
             use_gpu=bool(share.worker_gpus),
             resources_per_worker=resources,
         ),
-        run_config=RunConfig(
+        run_config=api.RunConfig(
             name=f"{config.run.name}-{job.driver[:8]}",
             storage_path=scratch,
-            failure_config=FailureConfig(max_failures=-1, controller_failure_limit=3),
+            failure_config=api.FailureConfig(max_failures=-1, controller_failure_limit=3),
             callbacks=[CauseOfRestart(recorder)],
         ),
     )

@@ -103,7 +103,7 @@ def claim(store: Store, config: Config) -> bool:
     """
     existed = store.exists("config.yaml")
     if existed:
-        old = _read_config(store)
+        old = read_config(store)
         before, after = defining(old), defining(config)
         changed = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
         if changed:
@@ -117,7 +117,8 @@ def claim(store: Store, config: Config) -> bool:
     return existed
 
 
-def _read_config(store: Store) -> Config:
+def read_config(store: Store) -> Config:
+    """Return the configuration that a run was started with last. Raises CheckpointError."""
     try:
         return Config.model_validate(yaml.safe_load(store.read("config.yaml")))
     except (ValidationError, yaml.YAMLError) as error:
@@ -138,9 +139,8 @@ def prepare(
         build_manifest: called where the run has no manifest yet.
         say: told what is being done, for the terminal.
     """
-    if store.exists("manifest.parquet"):
-        manifest = Manifest.from_bytes(store.read("manifest.parquet"))
-    else:
+    manifest = read_manifest(store)
+    if manifest is None or not _indexes(manifest, config):
         manifest = build_manifest()
         store.write("manifest.parquet", manifest.to_bytes())
     if store.exists("tokenizer.json"):
@@ -159,6 +159,19 @@ def prepare(
     config = config.model_copy(update={"model": model})
     plan = build_plan(manifest, config)
     return Run(config, store, manifest, tokenizer, plan, total_steps(config, manifest.total))
+
+
+def read_manifest(store: Store) -> Manifest | None:
+    """Return the run's manifest; None before it is built."""
+    if not store.exists("manifest.parquet"):
+        return None
+    return Manifest.from_bytes(store.read("manifest.parquet"))
+
+
+def _indexes(manifest: Manifest, config: Config) -> bool:
+    """Tell whether the manifest is of these sources; jobs/index.py may have left another."""
+    paths = tuple(source.path for source in config.data.sources)
+    return manifest.sources == paths and manifest.options["holdout"] == config.data.holdout
 
 
 def build_plan(manifest: Manifest, config: Config) -> Plan:
