@@ -34,9 +34,10 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
         RuntimeError: a rank raised; the message holds its traceback.
         TimeoutError: a rank did not answer in time, as when one waits for the others.
     """
-    # A clean process that has imported torch once: no threads to inherit, no second import.
+    # Forked from a clean process: no threads to inherit. It has imported once what would cost
+    # each rank seconds; torch._dynamo is what DistributedDataParallel imports when it is built.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload(["torch._dynamo", "pytest", "clip_ray.train.rundir", __name__])
     with tempfile.TemporaryDirectory() as folder:
         store, task = str(Path(folder) / "store"), pickle.dumps((function, args))
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]

@@ -211,8 +211,8 @@ def test_all_rows_void_is_zero_and_not_nan(world_size: int) -> None:
             assert len(grads) == 4 and all((g == 0).all() for g in grads.values())
 
 
-def float32_values(tiles: list[tuple[int, int]]) -> list[tuple[float, float]]:
-    """Return value and reduced gradient sum of this rank, in float32."""
+def float32_values(tiles: list[tuple[int, int]]) -> list[float]:
+    """Return this rank's losses in float32, where a sum's order shows."""
     found = []
     for tile in tiles:
         image, text = (own(f.detach()).requires_grad_() for f in features(64, dtype=torch.float32))
@@ -466,7 +466,7 @@ def cached_steps(counts: list[int], dropout: float) -> list[Step]:
     return steps
 
 
-def kept_graph_steps(counts: list[int], dropout: float) -> list[Answer]:
+def kept_graph_steps(counts: list[tuple[int, int]], dropout: float) -> list[Answer]:
     """Return one plain process's step on the same masks: all graphs kept, one dumb loss.
 
     The masks are those of `cached_steps`: each rank's generator runs over its micro-batches in

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -113,6 +114,8 @@ def summarize(
     started = min((e["time"] for e in events if e["event"] == "attempt"), default=begun)
     ended = rows[-1]["time"] if rows else begun
     useful = sum(row["step_s"] for row in line)
+    # The first step of each attempt waits for Ray Data to start: it is in ettr, not in the speed.
+    median_step = statistics.median(row["step_s"] for row in line) if line else 0.0
     progress = Progress.from_bytes(run.store.read(f"checkpoints/{commit.name}/state.json"))
     summary: Row = {
         "status": "finished",
@@ -122,7 +125,7 @@ def summarize(
         "samples": commit.step * config.train.global_batch,
         "passes": round(run.plan.passes_at(commit.step), 3),
         "loss": line[-1]["loss"] if line else progress.loss,
-        "samples_per_s": commit.step * config.train.global_batch / useful if useful else 0.0,
+        "samples_per_s": config.train.global_batch / median_step if line else 0.0,
         "seconds": ended - started,
         "ettr": min(1.0, useful / max(ended - started, 1e-9)),
         "attempts": sum(e["event"] == "attempt" for e in events),

@@ -1,0 +1,146 @@
+"""Jobs on a Ray head, run and looked at as a user would."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+
+from clip_ray.storage import LocalStore
+from clip_ray.train.journal import lineage, read_journal
+
+ROOT = Path(__file__).resolve().parents[2]
+START_S = 120
+JOB_S = 300
+RECIPE = {
+    "cluster": {"num_workers": 2},
+    "data": {"sources": [{"path": "bundled:starter/train-0000.tar"}]},
+    "tokenizer": {"train_vocab": 1024},
+    "model": {"name": "ViT-micro-8-32"},
+    "train": {"steps": 20, "global_batch": 32},
+    "optim": {"lr": 1e-3, "warmup": 4},
+    "checkpoint": {"every_steps": 8},
+    "tracking": {"flush_s": 0.2},
+}
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        return [s.getsockname()[1] for s in sockets]
+    finally:
+        for s in sockets:
+            s.close()
+
+
+@dataclass
+class Head:
+    """A running Ray head.
+
+    Attributes:
+        address: of its GCS.
+        dashboard: its URL, for `ray job submit`.
+        env: what a job's environment is.
+    """
+
+    address: str
+    dashboard: str
+    env: dict[str, str]
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float, what: str) -> None:
+    """Wait until a condition holds; fail the test when it does not in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {timeout_s:g} s: {what}")
+        time.sleep(0.1)
+
+
+@dataclass
+class Jobs:
+    """Runs jobs/pretrain.py against the head, in a directory of its own."""
+
+    head: Head
+    directory: Path
+    _running: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    @property
+    def storage(self) -> Path:
+        return self.directory / "runs"
+
+    def run_dir(self, name: str) -> Path:
+        return self.storage / name
+
+    def command(self, name: str, *flags: str, script: str = "pretrain.py") -> list[str]:
+        recipe = self.directory / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump(RECIPE))
+        return [
+            *(sys.executable, str(ROOT / "jobs" / script), "--config", str(recipe)),
+            *("--run.name", name, *flags),
+        ]
+
+    def start(self, name: str, *flags: str, env: dict[str, str] | None = None):
+        process = subprocess.Popen(
+            self.command(name, *flags),
+            cwd=self.directory,
+            env={**self.head.env, **(env or {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self._running.append(process)
+        return process
+
+    def run(self, name: str, *flags: str, env: dict[str, str] | None = None, code: int = 0) -> str:
+        """Run to the end; assert the exit status and return the output."""
+        return self.finish(self.start(name, *flags, env=env), code)
+
+    def finish(self, process: subprocess.Popen[str], code: int = 0) -> str:
+        output, _ = process.communicate(timeout=JOB_S)
+        assert process.returncode == code, output
+        return output
+
+    def summary(self, name: str) -> dict:
+        return json.loads((self.run_dir(name) / "summary.json").read_text())
+
+    def rows(self, name: str, journal: str = "metrics") -> list[dict]:
+        return list(read_journal(LocalStore(self.run_dir(name)), journal))
+
+    def losses(self, name: str) -> list[float]:
+        return [row["loss"] for row in lineage(self.rows(name))]
+
+    def wait_for_step(self, name: str, step: int) -> None:
+        def reached() -> bool:
+            rows = self.rows(name)
+            return bool(rows) and rows[-1]["step"] >= step
+
+        wait_for(reached, JOB_S, f"step {step} of {name}")
+
+    def close(self) -> None:
+        for process in self._running:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait(20)

@@ -1,0 +1,343 @@
+"""The job from outside: real processes on a real Ray head, killed, stopped, resumed, refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import psutil
+import pytest
+import safetensors.numpy
+import simplejpeg
+
+from clip_ray.storage import LocalStore, open_store
+from clip_ray.train.journal import lineage, read_journal
+from clip_ray.train.verify import verify
+from tests.runtime.support import Jobs, wait_for
+
+pytestmark = pytest.mark.ray
+SLOW_STEPS = ("--train.steps", "60", "--checkpoint.every_steps", "8")
+
+
+def series(run_dir: Path, run_id: str, name: str = "loss") -> list[tuple[int, float]]:
+    client = mlflow.MlflowClient(f"sqlite:///{run_dir.parent}/mlflow.db")
+    return [(m.step, m.value) for m in client.get_metric_history(run_id, name)]
+
+
+def weights(run_dir: Path) -> np.ndarray:
+    tensors = safetensors.numpy.load_file(run_dir / "export" / "model.safetensors")
+    return np.concatenate([tensors[k].ravel().astype(np.float64) for k in sorted(tensors)])
+
+
+def relative(a, b) -> float:
+    return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(head, tmp_path_factory):
+    """A run of 60 steps that nothing happened to."""
+    jobs = Jobs(head, tmp_path_factory.mktemp("undisturbed"))
+    jobs.run("clip", *SLOW_STEPS)
+    return jobs
+
+
+def assert_same_end(jobs, name: str, undisturbed) -> None:
+    """The run saw the same samples, each once a pass, and reached the same loss."""
+    proof = verify(LocalStore(jobs.run_dir(name)))
+    assert proof.holds, proof.as_text()
+    assert proof.passes >= 1
+    expected = undisturbed.rows("clip")
+    found = lineage(jobs.rows(name))
+    assert [r["samples_digest"] for r in found] == [r["samples_digest"] for r in expected]
+    assert found[-1]["loss"] == pytest.approx(expected[-1]["loss"], rel=1e-4)
+
+
+def test_a_run_leaves_what_the_design_promises(undisturbed):
+    run = undisturbed.run_dir("clip")
+    summary = undisturbed.summary("clip")
+    assert summary["steps"] == 60 and summary["samples"] == 60 * 32
+    assert {p.name for p in (run / "export").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "preprocessing.json",
+        "tokenizer.json",
+    }
+    rows = undisturbed.rows("clip")
+    assert [row["step"] for row in rows] == list(range(1, 61))
+    phases = ("copy", "forward", "loss", "backward", "optimizer", "checkpoint")
+    named = sum(row["data_wait"] + sum(row[f"time_{p}"] for p in phases) for row in rows)
+    assert 0.9 * sum(row["step_s"] for row in rows) < named <= sum(row["step_s"] for row in rows)
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+    kept = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert kept == ["step-00000048.a1", "step-00000056.a1", "step-00000060.a1"]
+
+
+def test_mlflow_has_what_the_journal_has(undisturbed):
+    run, summary = undisturbed.run_dir("clip"), undisturbed.summary("clip")
+    expected = [(row["step"], row["loss"]) for row in undisturbed.rows("clip")]
+    assert series(run, summary["run_id"]) == expected
+    client = mlflow.MlflowClient(f"sqlite:///{run.parent}/mlflow.db")
+    record = client.get_run(summary["run_id"])
+    assert record.info.status == "FINISHED"
+    assert record.data.params["train.global_batch"] == "32"
+    assert record.data.tags["clip_ray.source.origin"] in ("git", "BUILD", "digest")
+    assert record.data.tags["clip_ray.manifest_digest"] == summary["manifest_digest"]
+    assert record.data.tags["checkpoint.step"] == "60"
+    figures = {a.path for a in client.list_artifacts(summary["run_id"], "figures")}
+    assert {"figures/loss.png", "figures/holdout-similarity.png"} <= figures
+    version = client.get_model_version("clip", summary["model_version"])
+    assert version.tags["digest"] == summary["digest"]
+
+
+def test_any_number_of_workers_gives_the_same_curve(jobs):
+    for workers in (1, 2, 4):
+        jobs.run(f"w{workers}", "--cluster.num_workers", str(workers))
+    jobs.run("micro", "--train.micro_batch", "5")
+    for other in ("w2", "w4", "micro"):
+        assert relative(jobs.losses(other), jobs.losses("w1")) <= 1e-4
+        difference = weights(jobs.run_dir(other)) - weights(jobs.run_dir("w1"))
+        assert np.linalg.norm(difference) <= 1e-5 * np.linalg.norm(weights(jobs.run_dir("w1")))
+
+
+def test_a_killed_worker_costs_nothing_but_time(jobs, undisturbed):
+    job = jobs.start("killed", *SLOW_STEPS)
+    jobs.wait_for_step("killed", 27)
+    worker = next(
+        p for p in psutil.process_iter(["name", "cmdline"])
+        if any("RayTrainWorker" in part for part in p.info["cmdline"] or [])
+        and p.username() == psutil.Process().username()
+        and _belongs_to(p, jobs.head.env["RAY_TMPDIR"])
+    )  # fmt: skip
+    worker.kill()
+    output = jobs.finish(job)
+    assert "attempt 2 goes on from step-000000" in output
+    assert_same_end(jobs, "killed", undisturbed)
+    attempts = [e for e in jobs.rows("killed", "events") if e["event"] == "attempt"]
+    assert len(attempts) == 2 and attempts[0]["pid"] != attempts[1]["pid"]
+    assert attempts[1]["from_step"] >= 24
+    assert jobs.summary("killed")["recomputed_steps"] == len(jobs.rows("killed")) - 60
+
+
+def _belongs_to(process: psutil.Process, temp: str) -> bool:
+    parents = process.parents()
+    return any(temp in " ".join(parent.cmdline()) for parent in parents)
+
+
+def test_a_killed_job_is_resumed_by_the_same_command(jobs, undisturbed):
+    job = jobs.start("again", *SLOW_STEPS)
+    jobs.wait_for_step("again", 29)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait(20)
+    before = json.loads((jobs.run_dir("again") / "tracking.json").read_text())["run_id"]
+    output = jobs.run("again", *SLOW_STEPS)
+    assert "from step 24" in output or "from step 32" in output
+    assert_same_end(jobs, "again", undisturbed)
+    assert jobs.summary("again")["run_id"] == before
+    expected = [(row["step"], row["loss"]) for row in undisturbed.rows("clip")]
+    found = series(jobs.run_dir("again"), before)
+    assert [step for step, _ in found] == [step for step, _ in expected]
+    assert relative([v for _, v in found], [v for _, v in expected]) <= 1e-4
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_commits_and_ends(jobs, undisturbed, number):
+    job = jobs.start("stopped", *SLOW_STEPS)
+    jobs.wait_for_step("stopped", 19)
+    if number == signal.SIGINT:
+        os.killpg(job.pid, number)  # as a terminal does
+    else:
+        job.send_signal(number)
+    output = jobs.finish(job, code=128 + number)
+    last = jobs.rows("stopped")[-1]["step"]
+    assert last < 60
+    assert f"committed: step-{last:08d}.a1" in output
+    jobs.run("stopped", *SLOW_STEPS)
+    assert len(jobs.rows("stopped")) == 60  # nothing was computed twice
+    assert_same_end(jobs, "stopped", undisturbed)
+
+
+def test_a_finished_run_is_shown_not_repeated(undisturbed):
+    rows = len(undisturbed.rows("clip"))
+    output = undisturbed.run("clip", *SLOW_STEPS)
+    assert "is finished" in output and "holdout loss" in output
+    assert len(undisturbed.rows("clip")) == rows
+
+
+def test_other_settings_under_the_same_name_are_refused(undisturbed):
+    output = undisturbed.run("clip", *SLOW_STEPS, "--optim.lr", "0.01", code=2)
+    assert "optim.lr: was 0.001, now 0.01" in output
+    assert "--run.name clip-2" in output
+
+
+def test_a_run_can_be_extended(jobs):
+    jobs.run("longer", "--train.steps", "8")
+    jobs.run("longer", "--train.steps", "8", "--run.extend", "4")
+    assert [row["step"] for row in jobs.rows("longer")] == list(range(1, 13))
+    assert jobs.summary("longer")["model_version"] == "2"
+    assert verify(LocalStore(jobs.run_dir("longer"))).holds
+
+
+def test_a_second_live_writer_is_refused(jobs):
+    job = jobs.start("mine", *SLOW_STEPS)
+    jobs.wait_for_step("mine", 2)
+    output = jobs.run("mine", *SLOW_STEPS, code=2)
+    assert f"is being written by process {job.pid} on {socket.gethostname()}" in output
+    jobs.finish(job)
+
+
+def make_tar(path: Path, samples: int, bad: set[int]) -> Path:
+    rng = np.random.default_rng(0)
+    with tarfile.open(path, "w") as tar:
+        for i in range(samples):
+            image = simplejpeg.encode_jpeg(rng.integers(0, 255, (40, 40, 3), np.uint8))
+            parts = {
+                "jpg": image[: len(image) // 2] if i in bad else image,
+                "txt": b"number %d" % i,
+            }
+            for suffix, data in parts.items():
+                info = tarfile.TarInfo(f"{i:04d}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_bad_images_are_void_counted_and_named(jobs, tmp_path):
+    data = make_tar(tmp_path / "some.tar", 128, bad={3, 77})
+    flags = ("--data.sources", str(data), "--data.holdout", "0", "--train.steps", "8")
+    for workers in ("1", "2"):
+        output = jobs.run(f"some{workers}", *flags, "--cluster.num_workers", workers)
+        assert "bad sample: 00" in output
+        summary = jobs.summary(f"some{workers}")
+        assert summary["bad_samples"] == 4  # two passes over two bad samples
+        named = {row["key"] for row in jobs.rows(f"some{workers}", "quarantine")}
+        assert named == {"0003", "0077"}
+    assert relative(jobs.losses("some2"), jobs.losses("some1")) <= 1e-4
+
+
+def test_too_many_bad_images_stop_the_run(jobs, tmp_path):
+    data = make_tar(tmp_path / "all.tar", 128, bad=set(range(128)))
+    flags = ("--data.sources", str(data), "--data.holdout", "0", "--train.steps", "100")
+    output = jobs.run("bad", *flags, code=2)
+    assert "samples are undecodable, more than data.max_bad_fraction 0.05 allows" in output
+    assert "truncated" in output and "quarantine.jsonl" in output
+    assert jobs.rows("bad")[-1]["step"] < 100
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--data.sources", "nowhere/*.tar"), "no shard matches"),
+        (("--train.global_batch", "4000"), "train.global_batch 4000 is larger"),
+        (("--cluster.num_workers", "40"), "asked: 40 workers"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_it_is_tried(jobs, flags, words):
+    output = jobs.run("no", *flags, "--cluster.start_timeout_s", "3", code=2)
+    assert words in output and "Traceback" not in output
+
+
+def test_mlflow_may_be_down(jobs):
+    with socket.socket() as refused:
+        refused.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
+        uri = f"http://127.0.0.1:{refused.getsockname()[1]}"
+        output = jobs.run("dark", "--tracking.uri", uri)
+    assert "MLflow does not answer" in output
+    assert jobs.summary("dark")["steps"] == 20
+    # The same run, pointed at an MLflow that works, hands over everything.
+    store = f"sqlite:///{jobs.storage}/mlflow.db"
+    jobs.run("dark", "--tracking.uri", store)
+    run_id = json.loads((jobs.run_dir("dark") / "tracking.json").read_text())["run_id"]
+    expected = [(row["step"], row["loss"]) for row in jobs.rows("dark")]
+    assert series(jobs.run_dir("dark"), run_id) == expected
+
+
+def test_everything_on_s3(jobs, s3):
+    data = Path(__file__).resolve().parents[2] / "clip_ray/bundled/starter/train-0000.tar"
+    open_store("s3://bucket/data", s3).write("train-0000.tar", data.read_bytes())
+    keys = {k: v for k, v in os.environ.items() if k.startswith("AWS_")}
+    flags = [
+        *("--run.storage", "s3://bucket/runs", "--run.s3.endpoint", s3.endpoint),
+        *("--data.sources", "s3://bucket/data/train-{0000..0000}.tar"),
+        *("--data.s3.endpoint", s3.endpoint),
+        *("--tracking.uri", f"sqlite:///{jobs.directory}/mlflow.db"),
+        *("--tracking.register_model", "false"),
+    ]
+    jobs.run("far", *flags, env=keys)
+    run = open_store("s3://bucket/runs/far", s3)
+    assert json.loads(run.read("summary.json"))["steps"] == 20
+    assert run.exists("metrics.jsonl")
+    assert [row["step"] for row in read_journal(run, "metrics")] == list(range(1, 21))
+    assert verify(run).holds
+
+
+def submit(head, directory: Path, submission: str, *command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [
+            *(str(Path(sys.executable).with_name("ray")), "job", "submit"),
+            *("--address", head.dashboard, "--submission-id", submission),
+            *("--working-dir", str(directory), "--", *command),
+        ],
+        env={k: v for k, v in head.env.items() if k != "RAY_ADDRESS"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_ray_job_submit(head, tmp_path, undisturbed):
+    """Submit, kill, change a source line, submit again: it resumes. A config error fails it."""
+    root = Path(__file__).resolve().parents[2]
+    checkout = tmp_path / "checkout"
+    ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
+    for name in ("clip_ray", "jobs"):
+        shutil.copytree(root / name, checkout / name, ignore=ignore)
+    command = undisturbed.command("job", *SLOW_STEPS)[2:]
+    shutil.copy(command[1], checkout / "recipe.yaml")
+    python = [sys.executable, "jobs/pretrain.py", "--config", "recipe.yaml", *command[2:]]
+    python += ["--run.storage", str(tmp_path / "runs")]
+    run = tmp_path / "runs" / "job"
+
+    failed = submit(head, checkout, "typo", *python, "--train.stepz", "1")
+    assert failed.returncode != 0
+    assert "did you mean train.steps?" in failed.stdout + failed.stderr
+
+    first = subprocess.Popen(
+        [
+            *(str(Path(sys.executable).with_name("ray")), "job", "submit", "--no-wait"),
+            *("--address", head.dashboard, "--submission-id", "first"),
+            *("--working-dir", str(checkout), "--", *python),
+        ],
+        env={k: v for k, v in head.env.items() if k != "RAY_ADDRESS"},
+        stdout=subprocess.DEVNULL,
+    )
+    assert first.wait(60) == 0
+    store = LocalStore(run)
+    wait_for(lambda: any(r["step"] >= 20 for r in read_journal(store, "metrics")), 200, "step 20")
+    lease = next((run / "lease").iterdir())
+    driver = json.loads(lease.read_text())["pid"]
+    os.kill(driver, signal.SIGKILL)
+    wait_for(lambda: not psutil.pid_exists(driver), 20, "the driver's end")
+
+    with open(checkout / "clip_ray" / "optim.py", "a") as source:
+        source.write("\n# An edited line: the job's directory gets another name.\n")
+    second = submit(head, checkout, "second", *python)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "from step 16" in second.stdout or "from step 24" in second.stdout
+    rows = lineage(read_journal(store, "metrics"))
+    expected = undisturbed.rows("clip")
+    assert [r["samples_digest"] for r in rows] == [r["samples_digest"] for r in expected]
+    assert rows[-1]["loss"] == pytest.approx(expected[-1]["loss"], rel=1e-4)
+    summary = json.loads((run / "summary.json").read_text())
+    client = mlflow.MlflowClient(f"sqlite:///{run.parent}/mlflow.db")
+    tags = client.get_run(summary["run_id"]).data.tags
+    assert tags["clip_ray.source.origin"] == "digest"  # no .git in the job's directory
