@@ -117,7 +117,7 @@ def local_share(config: ClusterConfig, wants_gpu: bool) -> Share:
         num_workers=config.num_workers,
         worker_cpus=config.cpus_per_worker or 1,
         worker_gpus=int(wants_gpu),
-        data_cpus=config.data_cpus or max(1, min(cores, 4)),
+        data_cpus=config.data_cpus or max(1, min(cores // 2, 4)),
         threads=threads,
     )
 

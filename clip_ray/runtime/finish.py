@@ -16,7 +16,6 @@ from clip_ray.eval.evaluate import evaluate
 from clip_ray.eval.holdout import evaluate_holdout
 from clip_ray.eval.report import confusion_figure, loss_figure, similarity_figure
 from clip_ray.inference import Encoder
-from clip_ray.optim import build_optimizer
 from clip_ray.registry import load_export, register, write_export
 from clip_ray.runtime.cluster import Share
 from clip_ray.storage import open_store
@@ -24,7 +23,7 @@ from clip_ray.tracking import Tracker
 from clip_ray.train.checkpoint import Checkpoints
 from clip_ray.train.journal import Row, lineage, read_journal
 from clip_ray.train.rundir import Run
-from clip_ray.train.state import Progress, restore
+from clip_ray.train.state import Progress, restore_weights
 
 EVALUATION_TIMEOUT_S = 3600.0
 
@@ -36,7 +35,7 @@ def export_model(run: Run, run_id: str | None) -> str:
         raise CheckpointError(f"{run.store.uri}: no checkpoint to export")
     commit, files = found
     model = models.build(run.config.model)
-    restore(model, build_optimizer(model, run.config.optim), files)
+    restore_weights(model, files)
     origin = {
         "run": run.config.run.name,
         "run_id": run_id,

@@ -30,9 +30,13 @@ _NAME = re.compile(r"^step-(\d{8,})\.a(\d+)$")
 Fill = Callable[[Path], None]
 
 
-@dataclass(frozen=True, order=True)
+class NewerFormatError(CheckpointError):
+    """A commit that a newer version wrote."""
+
+
+@dataclass(frozen=True)
 class Commit:
-    """A committed checkpoint; the order is that of progress."""
+    """A committed checkpoint."""
 
     step: int
     attempt: int
@@ -82,13 +86,17 @@ class Checkpoints:
         return max((int(name.split(".")[0]) for name in names), default=0)
 
     def commits(self) -> list[Commit]:
-        """Return the committed checkpoints, oldest first; their bytes are not verified."""
+        """Return the committed checkpoints, oldest first; their bytes are not verified.
+
+        A later attempt's commits are newer, whatever their step: it began at a commit that
+        verified, so what an earlier attempt has beyond that was given up.
+        """
         found = [
             Commit(int(m[1]), int(m[2]))
             for name in self._store.directories()
             if (m := _NAME.match(name)) and self._store.exists(f"{name}/{COMMIT}")
         ]
-        return sorted(found)
+        return sorted(found, key=lambda commit: (commit.attempt, commit.step))
 
     def write(
         self,
@@ -111,6 +119,8 @@ class Checkpoints:
             CheckpointError: a newer attempt has begun, or the checkpoint exists.
         """
         folder = self._store.child(commit.name)
+        if folder.exists(COMMIT):
+            raise CheckpointError(f"{folder.uri} is committed already")
         digests: dict[str, FileDigest] = {}
         for name, content in files.items():
             if isinstance(content, bytes):
@@ -152,36 +162,33 @@ class Checkpoints:
             CheckpointError: a file is missing, or not what COMMIT says.
         """
         folder = self._store.child(commit.name)
-        record = self._record(commit)
         content: dict[str, bytes] = {}
-        for entry in record["files"]:
-            name = entry["name"]
+        for name, expected in self._listing(commit).items():
             try:
                 data = folder.read(name)
             except FileNotFoundError as error:
                 raise CheckpointError(f"{folder.uri}/{name} is missing") from error
             found = digest_bytes(data)
-            if found != FileDigest(entry["size"], entry["sha256"]):
+            if found != expected:
                 raise CheckpointError(
                     f"{folder.uri}/{name}: {found.size} bytes with sha256 {found.sha256[:12]}..., "
-                    f"COMMIT says {entry['size']} with {entry['sha256'][:12]}..."
+                    f"COMMIT says {expected.size} with {str(expected.sha256)[:12]}..."
                 )
             content[name] = data
         return content
 
-    def _record(self, commit: Commit) -> dict[str, Any]:
+    def _listing(self, commit: Commit) -> dict[str, FileDigest]:
         folder = self._store.child(commit.name)
         try:
             record: dict[str, Any] = json.loads(folder.read(COMMIT))
-            known = record["format"] <= FORMAT
+            if record["format"] <= FORMAT:
+                return {e["name"]: FileDigest(e["size"], e["sha256"]) for e in record["files"]}
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{folder.uri}/{COMMIT} is damaged: {error}") from error
-        if not known:
-            raise CheckpointError(
-                f"{folder.uri} has format {record['format']}, this version reads up to {FORMAT}; "
-                "upgrade clip-ray to use it"
-            )
-        return record
+            raise CheckpointError(f"{folder.uri}/{COMMIT} is damaged: {error!r}") from error
+        raise NewerFormatError(
+            f"{folder.uri} has format {record['format']}, this version reads up to {FORMAT}; "
+            "upgrade clip-ray to use it"
+        )
 
     def newest(
         self, rejected: Callable[[Commit, str], None]
@@ -190,10 +197,16 @@ class Checkpoints:
 
         Args:
             rejected: told each newer commit that did not verify, and why.
+
+        Raises:
+            CheckpointError: the newest one was written by a newer version.
         """
         for commit in reversed(self.commits()):
             try:
                 return commit, self.verify(commit)
+            except NewerFormatError:
+                # Not damaged: an older commit, or a start from nothing, would throw work away.
+                raise
             except (CheckpointError, FileNotFoundError) as error:
                 rejected(commit, str(error))
         return None

@@ -97,11 +97,18 @@ def _process_started(pid: int) -> str | None:
         return None
     except PermissionError:
         pass
-    stat = Path(f"/proc/{pid}/stat")
-    if stat.exists():
-        # Field 22, counted behind the name in brackets: start time in clock ticks since boot.
-        return stat.read_text().rpartition(")")[2].split()[19]
-    return "alive"
+    if not Path("/proc/self/stat").exists():
+        return "alive"
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # Dead, and kept by a parent that has not asked for its exit status: a container's first
+    # process often never does.
+    if fields[0] in ("Z", "X"):
+        return None
+    # Field 22, counted behind the name in brackets: start time in clock ticks since boot.
+    return fields[19]
 
 
 def _renew(run: Store, number: int, token: str, ended: threading.Event) -> None:

@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import yaml
@@ -202,7 +203,8 @@ def total_steps(config: Config, samples_per_pass: int) -> int:
         steps = math.ceil(train.samples / G)
     else:
         assert train.passes is not None
-        steps = math.ceil(train.passes * samples_per_pass / G)
+        # As written: 1.1 passes over 100 samples in steps of 10 are 11 steps, not 12.
+        steps = math.ceil(Fraction(str(train.passes)) * samples_per_pass / G)
     return steps + config.run.extend
 
 

@@ -85,11 +85,7 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, files: Mapping[s
     Raises:
         CheckpointError: the tensors are not those of this model.
     """
-    weights = safetensors.torch.load(files["model.safetensors"])
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise CheckpointError(f"the checkpoint's weights are of another model: {error}") from error
+    restore_weights(model, files)
     moments = safetensors.torch.load(files["optimizer.safetensors"])
     for name, p in model.named_parameters():
         if f"step.{name}" in moments:
@@ -98,6 +94,15 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, files: Mapping[s
                 "exp_avg": moments[f"exp_avg.{name}"].to(p.device),
                 "exp_avg_sq": moments[f"exp_avg_sq.{name}"].to(p.device),
             }
+
+
+def restore_weights(model: nn.Module, files: Mapping[str, bytes]) -> None:
+    """Load a checkpoint's weights into a model, in place. Raises CheckpointError as `restore`."""
+    weights = safetensors.torch.load(files["model.safetensors"])
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"the checkpoint's weights are of another model: {error}") from error
 
 
 def broadcast(model: nn.Module, optimizer: torch.optim.Optimizer, restored: bool) -> None:

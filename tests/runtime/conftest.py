@@ -25,13 +25,16 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
             "RAY_AUTH_MODE": "disabled",
             "RAY_TMPDIR": temp,
             "PYTHONUNBUFFERED": "1",
+            # Idle workers kept ready cost CPU time for each job and are not needed.
+            "RAY_prestart_worker_first_driver": "0",
+            "RAY_enable_worker_prestart": "0",
         }
         command = [
             *(str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"),
             *(f"--port={port}", f"--dashboard-port={dashboard}", "--include-dashboard=true"),
             *(f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"),
             *(f"--dashboard-agent-grpc-port={agent_grpc}", "--dashboard-host=127.0.0.1"),
-            *("--node-ip-address=127.0.0.1", "--num-cpus=8", "--num-gpus=0"),
+            *("--node-ip-address=127.0.0.1", "--num-cpus=6", "--num-gpus=0"),
             *("--object-store-memory=500000000", "--disable-usage-stats", f"--temp-dir={temp}"),
         ]
         log = tmp_path_factory.mktemp("ray") / "head.log"

@@ -24,8 +24,9 @@ ROOT = Path(__file__).resolve().parents[2]
 START_S = 120
 JOB_S = 300
 RECIPE = {
-    "cluster": {"num_workers": 2},
-    "data": {"sources": [{"path": "bundled:starter/train-0000.tar"}]},
+    # One reading process: each imports torch, which costs more than these tests do.
+    "cluster": {"num_workers": 2, "data_cpus": 1},
+    "data": {"sources": [{"path": "bundled:starter/train-0000.tar"}], "holdout": 0},
     "tokenizer": {"train_vocab": 1024},
     "model": {"name": "ViT-micro-8-32"},
     "train": {"steps": 20, "global_batch": 32},
