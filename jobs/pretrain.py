@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
 
         ended = pretrain(config, ["python", "jobs/pretrain.py", *map(shlex.quote, argv)])
     except ClipRayError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", *getattr(error, "__notes__", []), sep="\n", file=sys.stderr)
         return 2
     # 128 + N is how a shell reports a process that signal N ended.
     return 0 if ended.signal is None else 128 + ended.signal

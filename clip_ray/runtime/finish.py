@@ -1,4 +1,4 @@
-"""The end of a run: export the weights, evaluate them on the cluster, sum up, register."""
+"""The end of a run: export the weights, evaluate them on the cluster, sum up."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ import ray
 
 from clip_ray import model as models
 from clip_ray.config import Config
-from clip_ray.errors import CheckpointError, ClipRayError
+from clip_ray.errors import CheckpointError
 from clip_ray.eval.evaluate import evaluate
 from clip_ray.eval.holdout import evaluate_holdout
 from clip_ray.eval.report import confusion_figure, loss_figure, similarity_figure
 from clip_ray.inference import Encoder
-from clip_ray.registry import load_export, register, write_export
+from clip_ray.registry import load_export, write_export
 from clip_ray.runtime.cluster import Share
 from clip_ray.storage import open_store
-from clip_ray.tracking import Tracker
 from clip_ray.train.checkpoint import Checkpoints
 from clip_ray.train.journal import Row, lineage, read_journal
 from clip_ray.train.rundir import Run
@@ -96,14 +95,13 @@ def _evaluate_task(
 
 def summarize(
     run: Run,
-    tracker: Tracker,
+    run_id: str | None,
     results: dict[str, Row],
     figures: dict[str, bytes],
     digest: str,
     begun: float,
-    say: Callable[[str], None],
 ) -> Row:
-    """Write `summary.json`, send figures and results to MLflow, register the model version."""
+    """Write `summary.json` and the figures of a run that has reached its last step."""
     config = run.config
     commit = Checkpoints(run.store).commits()[-1]
     checkpoints = Checkpoints(run.store)
@@ -119,7 +117,7 @@ def summarize(
     summary: Row = {
         "status": "finished",
         "run": config.run.name,
-        "run_id": tracker.wait_run_id(10),
+        "run_id": run_id,
         "steps": commit.step,
         "samples": commit.step * config.train.global_batch,
         "passes": round(run.plan.passes_at(commit.step), 3),
@@ -138,22 +136,8 @@ def summarize(
         "manifest_digest": run.manifest.digest,
         "evaluation": results,
     }
-    for name, metrics in results.items():
-        numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float)}
-        tracker.log_metrics({f"{name}/{k}": float(v) for k, v in numbers.items()}, commit.step)
     figures["loss"] = loss_figure(line)
     for name, figure in figures.items():
         run.store.write(f"figures/{name}.png", figure)
-        tracker.log_figure(figure, f"figures/{name}.png")
-    if config.tracking.register_model and summary["run_id"]:
-        name = config.tracking.model_name or config.run.name
-        try:
-            tags = {"step": str(commit.step), "run": config.run.name}
-            version = register(
-                run.store.child("export"), name, summary["run_id"], tags, tracker.uri
-            )
-            summary |= {"model_name": name, "model_version": version}
-        except ClipRayError as error:
-            say(f"! not registered: {error}")
     run.store.write("summary.json", json.dumps(summary, indent=1).encode())
     return summary
