@@ -90,7 +90,8 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, files: Mapping[s
     for name, p in model.named_parameters():
         if f"step.{name}" in moments:
             optimizer.state[p] = {
-                "step": moments[f"step.{name}"].clone(),
+                # On the device too: the fused kernel reads it there.
+                "step": moments[f"step.{name}"].to(p.device),
                 "exp_avg": moments[f"exp_avg.{name}"].to(p.device),
                 "exp_avg_sq": moments[f"exp_avg_sq.{name}"].to(p.device),
             }
