@@ -17,7 +17,7 @@ help:  ## list the commands
 install: $(VENV)/.installed  ## create .venv and install everything
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@sh cluster/make-venv.sh $(VENV)
+	@sh .ci/make-venv.sh $(VENV)
 	@if [ -n "$(TORCH_INDEX)" ]; then $(BIN)/python -m pip install -q --index-url $(TORCH_INDEX) $(TORCH_PIN); fi
 	@echo "installing (a few minutes, once)"
 	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
