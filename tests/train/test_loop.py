@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -321,6 +322,37 @@ def test_one_run_on_any_number_of_ranks_and_micro_batches(
     padding = -(-16 // world_size) * world_size - 16
     assert {row["void"] for row in ranks[0].rows} == {padding}
     assert ranks[0].rows[0]["bad"] == 0
+
+
+def test_micro_batches_are_of_one_size(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are filled up: a compiled model meets one shape, and all ranks the same number."""
+    sizes: list[int] = []
+    encode = models.CLIP.encode_image
+
+    def recording(self: models.CLIP, pixels: Tensor) -> Tensor:
+        sizes.append(len(pixels))
+        return encode(self, pixels)
+
+    monkeypatch.setattr(models.CLIP, "encode_image", recording)
+    run = replace(with_train(made.run, micro_batch=6), total_steps=1)
+    attempt(run, made.folder)
+    assert sizes == [6] * 6  # three micro-batches, each without and with a graph
+
+
+def broadcast_state(run: Run, files: dict[str, bytes]) -> dict[str, bytes]:
+    """Return this rank's state when only rank 0 has read a checkpoint; no DDP is built."""
+    model = models.build(run.config.model, seed=dist.get_rank() + 7)
+    optimizer = build_optimizer(model, run.config.optim)
+    if dist.get_rank() == 0:
+        restore(model, optimizer, files)
+    broadcast(model, optimizer, restored=True)
+    with tempfile.TemporaryDirectory() as folder:
+        return contents(snapshot(model, optimizer), Path(folder))
+
+
+def test_a_restored_state_reaches_all_ranks(made: Made) -> None:
+    _, files = made.alone.commits[-1]
+    assert run_ranks(broadcast_state, 3, made.run, files) == [files] * 3
 
 
 def test_the_check_rejects_a_local_loss(made: Made) -> None:
