@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_ray.config import TrackingConfig
+from clip_ray.config.load import flatten
 from clip_ray.errors import ConfigError, RegistryError
 from clip_ray.storage import Store
 
@@ -775,20 +776,6 @@ def _sqlite_path(uri: str) -> Path | None:
 
 
 # ---------------------------------------------------------------------- what may be logged
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a nested dict as one level: {"a": {"b": [1]}} -> {"a.b.0": 1}."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        path = f"{prefix}{name}"
-        if isinstance(value, list | tuple):
-            value = {str(i): v for i, v in enumerate(value)} or "[]"
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{path}.") if value else {path: "{}"}
-        else:
-            flat[path] = value
-    return flat
 
 
 def redact(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from clip_ray.config import Config, TrackingConfig, TrainConfig
+from clip_ray.config.load import flatten
 from clip_ray.errors import ConfigError, RegistryError
 from clip_ray.storage import open_store
 from clip_ray.tracking import (
@@ -21,7 +22,6 @@ from clip_ray.tracking import (
     TrackedRun,
     Tracker,
     default_tracking_uri,
-    flatten,
     mask,
     mlflow_client,
     patient_timeouts,

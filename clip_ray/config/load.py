@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +58,17 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested dictionaries as one level with dotted keys."""
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested dict as one level: {"a": {"b": [1]}} -> {"a.b.0": 1}."""
     flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
+    for name, value in config.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, list | tuple):
+            value = {str(i): v for i, v in enumerate(value)} or "[]"
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{path}.") if value else {path: "{}"}
         else:
-            flat[f"{prefix}{key}"] = value
+            flat[path] = value
     return flat
 
 

@@ -7,8 +7,9 @@ together are validated here, so that code below never has to doubt a config.
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
+from urllib.parse import parse_qsl, urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from clip_ray.config import zoo
 
@@ -23,10 +24,30 @@ PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
+def without_credentials(uri: str | None) -> str | None:
+    """Return a URI as it is; raise ValueError when it holds a user, password or key."""
+    if uri is not None:
+        # An address without a scheme (me:secret@host) is a path to urlsplit.
+        parts = urlsplit(uri if "://" in uri else f"//{uri}")
+        secret = {"password", "token", "secret", "key", "access_key", "secret_key"}
+        if parts.password or (parts.username and parts.scheme != "ssh"):
+            raise ValueError(_CREDENTIALS)
+        if secret & {name.lower() for name, _ in parse_qsl(parts.query)}:
+            raise ValueError(_CREDENTIALS)
+    return uri
+
+
+_CREDENTIALS = (
+    "holds credentials, and the config is logged; use the AWS chain for S3, and for MLflow "
+    "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN)"
+)
+PublicUri = Annotated[str | None, AfterValidator(without_credentials)]
+
+
 class S3Options(Section):
     """How to reach an S3-compatible store; credentials come from the AWS chain alone."""
 
-    endpoint: str | None = Field(None, description="endpoint URL; none = AWS (or AWS_ENDPOINT_URL)")
+    endpoint: PublicUri = Field(None, description="endpoint URL; none = AWS (or AWS_ENDPOINT_URL)")
     region: str | None = Field(None, description="region name; none = the AWS chain's")
     profile: str | None = Field(None, description="profile of the AWS credentials file")
     anonymous: bool = Field(False, description="unsigned requests, for public buckets")
@@ -49,7 +70,7 @@ class RunConfig(Section):
 class ClusterConfig(Section):
     """The share of a Ray cluster that a run asks for."""
 
-    address: str | None = Field(
+    address: PublicUri = Field(
         None, description="Ray address; none = RAY_ADDRESS, else a local Ray of our own"
     )
     num_workers: PositiveInt = Field(1, description="training workers (one a GPU)")
@@ -274,22 +295,15 @@ class EvalConfig(Section):
 class TrackingConfig(Section):
     """Where MLflow's records go."""
 
-    uri: str | None = Field(None, description="MLflow tracking URI; none = sqlite in run.storage")
+    uri: PublicUri = Field(
+        None,
+        description="MLflow tracking URI; none = MLFLOW_TRACKING_URI, else sqlite in run.storage",
+    )
     experiment: str = Field("clip-ray", description="experiment name")
     model_name: str | None = Field(None, description="registered model; none = run.name")
     register_model: bool = Field(True, description="register the export as a model version")
     samples: bool = Field(False, description="allow captions and images in logged figures")
     flush_s: float = Field(5.0, gt=0, description="seconds between batches sent to MLflow")
-
-    @field_validator("uri")
-    @classmethod
-    def _no_credentials(cls, uri: str | None) -> str | None:
-        if uri is not None and "@" in uri.split("://", 1)[-1].split("/", 1)[0]:
-            raise ValueError(
-                "holds credentials, and the config is logged; set MLFLOW_TRACKING_USERNAME and "
-                "MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) instead"
-            )
-        return uri
 
 
 class Config(Section):

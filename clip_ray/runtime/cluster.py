@@ -165,7 +165,7 @@ def _cluster_share(config: ClusterConfig, wants_gpu: bool) -> Share:
     """Share out the CPUs of a running cluster; wait, bounded, for an autoscaler to bring them."""
     deadline = time.monotonic() + config.start_timeout_s
     while True:
-        found, problem = share_of(ray.cluster_resources(), ray.nodes(), config, wants_gpu)
+        found, problem = share_of(ray.available_resources(), ray.nodes(), config, wants_gpu)
         if found is not None:
             return found
         if time.monotonic() > deadline:
@@ -174,10 +174,10 @@ def _cluster_share(config: ClusterConfig, wants_gpu: bool) -> Share:
 
 
 def share_of(
-    total: dict[str, float], nodes: list[dict[str, Any]], config: ClusterConfig, wants_gpu: bool
+    free: dict[str, float], nodes: list[dict[str, Any]], config: ClusterConfig, wants_gpu: bool
 ) -> tuple[Share | None, str]:
-    """Return the share that a cluster's resources allow, or none and the arithmetic of why not."""
-    cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
+    """Return the share that a cluster's free resources allow, or none and why, in numbers."""
+    cpus, gpus = free.get("CPU", 0.0), free.get("GPU", 0.0)
     workers = config.num_workers
     per_worker = config.cpus_per_worker
     reserved = config.data_cpus or 1.0
@@ -189,7 +189,7 @@ def share_of(
     if wants_gpu:
         asked += " + 1 GPU"
     asked += f", and {reserved:g} CPU for data"
-    there = f"the cluster has {cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)} nodes"
+    there = f"{cpus:g} CPUs and {gpus:g} GPUs are free, on {len(nodes)} nodes"
     if per_worker < MIN_WORKER_CPUS or left < reserved:
         return None, (
             f"{asked}; {there}: lower cluster.num_workers or cluster.cpus_per_worker, or add CPUs"

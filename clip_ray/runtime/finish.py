@@ -33,6 +33,11 @@ def export_model(run: Run, run_id: str | None) -> str:
     if found is None:
         raise CheckpointError(f"{run.store.uri}: no checkpoint to export")
     commit, files = found
+    if commit.step < run.total_steps:
+        raise CheckpointError(
+            f"{run.store.uri}: the commit of step {run.total_steps} is damaged, the newest that "
+            f"verifies is of step {commit.step}; start the run again to compute the rest anew"
+        )
     model = models.build(run.config.model)
     restore_weights(model, files)
     origin = {
@@ -57,11 +62,16 @@ def evaluate_model(
         The results by data set, and PNG figures by name.
     """
     task = _evaluate_task.options(num_cpus=1, num_gpus=share.worker_gpus)
+    device = "cuda" if share.worker_gpus else "cpu"
     jobs: dict[str, Any] = {}
     for uri in run.config.eval.datasets:
-        jobs[uri.rstrip("/").rsplit("/", 1)[-1]] = task.remote(run.store.uri, run.config, uri, None)
+        jobs[uri.rstrip("/").rsplit("/", 1)[-1]] = task.remote(
+            run.store.uri, run.config, device, uri, None
+        )
     if len(run.manifest.holdout_items()[0]):
-        jobs["holdout"] = task.remote(run.store.uri, run.config, None, ray.put(run.manifest))
+        jobs["holdout"] = task.remote(
+            run.store.uri, run.config, device, None, ray.put(run.manifest)
+        )
     results: dict[str, Row] = {}
     figures: dict[str, bytes] = {}
     for name, job in jobs.items():
@@ -77,10 +87,10 @@ def evaluate_model(
 
 @ray.remote
 def _evaluate_task(
-    run_uri: str, config: Config, dataset: str | None, manifest: Any
+    run_uri: str, config: Config, device: str, dataset: str | None, manifest: Any
 ) -> tuple[Row, dict[str, bytes]]:
     model, tokenizer, info = load_export(open_store(run_uri, config.run.s3).child("export"))
-    encoder = Encoder(model, tokenizer, info, batch=config.eval.batch)
+    encoder = Encoder(model, tokenizer, info, device=device, batch=config.eval.batch)
     if dataset is None:
         result = evaluate_holdout(encoder, manifest, config.data)
     else:
@@ -121,7 +131,7 @@ def summarize(
         "steps": commit.step,
         "samples": commit.step * config.train.global_batch,
         "passes": round(run.plan.passes_at(commit.step), 3),
-        "loss": line[-1]["loss"] if line else progress.loss,
+        "loss": progress.loss,
         "samples_per_s": config.train.global_batch / median_step if line else 0.0,
         "seconds": ended - started,
         "ettr": min(1.0, useful / max(ended - started, 1e-9)),

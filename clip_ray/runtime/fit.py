@@ -20,7 +20,7 @@ import ray
 import ray.train
 import ray.train.torch
 
-from clip_ray.errors import TrainingError
+from clip_ray.errors import CheckpointError, TrainingError
 from clip_ray.runtime.cluster import Share
 from clip_ray.runtime.progress import ProgressLine
 from clip_ray.runtime.recorder import CauseOfRestart
@@ -106,6 +106,10 @@ def fit_run(
                 deadline = time.monotonic() + STOP_TIMEOUT_S
                 line.note(f"{stop.name}: committing, then stopping (again: stop at once)")
                 recorder.request_stop.remote()
+            if stop.lease_lost.is_set():
+                raise CheckpointError(
+                    f"run {run.store.uri} was taken over by another job while this one did not run"
+                )
             if stop.count > 1 or time.monotonic() > deadline:
                 raise TrainingError(f"stopped by {stop.name} before the commit was written")
         watch.poll()
@@ -166,16 +170,23 @@ class _Watch:
 
 
 class Signals:
-    """SIGINT and SIGTERM as facts to look at."""
+    """What may end a run from outside, as facts to look at: signals, and the loss of the lease."""
 
     def __init__(self) -> None:
         self.received: int | None = None
         self.count = 0
+        self.lease_lost = threading.Event()
 
     @property
     def name(self) -> str:
         """Name of the first signal received, such as SIGTERM."""
         return signal.Signals(self.received).name if self.received else ""
+
+    def own(self) -> None:
+        """Make SIGINT and SIGTERM come here; only the main thread can."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self.take)
 
     def take(self, number: int, frame: Any) -> None:
         """Note a signal; installed as its handler."""
@@ -185,14 +196,13 @@ class Signals:
 
 @contextlib.contextmanager
 def owned_signals() -> Iterator[Signals]:
-    """Take SIGINT and SIGTERM while the block runs; the second one is passed on."""
+    """Take SIGINT and SIGTERM while the block runs, and give them back."""
     signals = Signals()
-    if threading.current_thread() is not threading.main_thread():
-        yield signals
-        return
-    before = {n: signal.signal(n, signals.take) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signals.own()
     try:
         yield signals
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from clip_ray.config import DataConfig
 from clip_ray.data.manifest import Manifest, build_manifest
-from clip_ray.errors import ClusterError
+from clip_ray.errors import ClipRayError, ClusterError
 
 STALL_S = 600.0
 IN_FLIGHT_PER_CPU = 4
@@ -59,4 +59,8 @@ def _over_the_cluster(function: Callable[[Any], Any], jobs: list[Any]) -> Iterab
                     "storage down?"
                 )
             bar.update(len(ready))
-            yield from ray.get(ready)
+            try:
+                yield from ray.get(ready)
+            except ray.exceptions.RayTaskError as error:
+                # A user's error (no credentials, no such bucket) needs no remote traceback.
+                raise error.cause if isinstance(error.cause, ClipRayError) else error from None

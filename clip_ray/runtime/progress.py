@@ -14,6 +14,8 @@ from clip_ray.train.journal import Row
 from clip_ray.train.rundir import Run
 
 LINE_S = 10.0  # seconds between lines where the terminal cannot be rewritten
+WARN_SAMPLES = 100  # before this a share of captions says little
+MAX_TRUNCATED = 0.05
 ETA_STEPS = 10  # before this the first steps' warm-up would dominate
 
 
@@ -102,6 +104,7 @@ class ProgressLine:
         self._shown = 0.0
         self._commit: int | None = start_step or None
         self._bad = 0
+        self._warned = False
         self._open = False
 
     def committed(self, step: int) -> None:
@@ -117,9 +120,23 @@ class ProgressLine:
                 "are counted and listed in quarantine.jsonl)"
             )
 
+    def _warn_of_truncation(self, row: Row) -> None:
+        seen = (row["step"] - self._first_step) * self._run.config.train.global_batch
+        share = row["truncated"] / max(row["step"] * self._run.config.train.global_batch, 1)
+        if not self._warned and seen >= WARN_SAMPLES and share > MAX_TRUNCATED:
+            self._warned = True
+            self.note(
+                f"{100 * share:.0f} % of the captions are longer than "
+                f"{self._run.tokenizer.context_length} tokens and are cut: train a vocabulary on "
+                "them (--tokenizer.train_vocab 32768), or give them more tokens "
+                "(--model.text.context_length), under another run.name"
+            )
+
     def steps(self, rows: list[Row], lag: Lag) -> None:
         """Take new journal rows and show where the run is."""
         self._recent += rows
+        if rows:
+            self._warn_of_truncation(rows[-1])
         now = time.monotonic()
         if not self._recent or not rows:
             return
@@ -159,7 +176,7 @@ class ProgressLine:
         enough = last["step"] - self._first_step >= ETA_STEPS
         parts = [
             f"step {last['step']}/{total}",
-            f"loss {last['loss']:.3f}",
+            f"loss {last['loss']:.3f}" if last["loss"] is not None else "loss not finite",
             f"{rate:.0f} samples/s",
             f"data wait {100 * wait:.0f} %",
             f"ETA {duration((total - last['step']) * seconds)}" if enough else "ETA ...",

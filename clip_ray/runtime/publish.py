@@ -14,7 +14,7 @@ from clip_ray.train.journal import Row, lineage, read_journal
 from clip_ray.train.rundir import Run
 
 RUN_ID_TIMEOUT_S = 10.0
-FINISH_TIMEOUT_S = 60.0
+FINISH_TIMEOUT_S = 30.0
 
 Say = Callable[[str], None]
 
@@ -83,7 +83,7 @@ def publish(run: Run, tracker: Tracker, summary: Row, say: Say) -> Row:
 
 
 def close_tracker(run: Run, tracker: Tracker, status: str, summary: Row | None, say: Say) -> None:
-    """End the sink within a minute; say so, and how to catch up, where something is left."""
+    """End the sink within half a minute; say so, and how to catch up, where something is left."""
     if not tracker.finish(status, FINISH_TIMEOUT_S):
         say(
             f"MLflow at {tracker.uri} did not take everything ({tracker.lag().error}); the "

@@ -104,7 +104,7 @@ def pretrain(config: Config, command: list[str], say: Say = print) -> Ended:
     """
     config = resolve(config)
     store = run_store(config)
-    with owned_signals() as stop, held_lease(store):
+    with owned_signals() as stop, held_lease(store) as lease_lost:
         if claim(store, config):
             say(f"run {config.run.name} exists in {store.uri}")
         done = _finished(store, config, say)
@@ -116,6 +116,9 @@ def pretrain(config: Config, command: list[str], say: Say = print) -> Ended:
         with connected(config, gpu, token_dir) as share:
             check_storage(config, config.run.storage, config.tracking.uri)
             run = prepare(store, config, lambda: index_data(config.data, say), say)
+            # Ray has put its own handler of SIGTERM in place of ours.
+            stop.own()
+            stop.lease_lost = lease_lost
             return _run_job(run, share, command, stop, say)
 
 
@@ -150,8 +153,7 @@ def _run_job(run: Run, share: Share, command: list[str], stop: Signals, say: Say
     status, summary = "FAILED", None
     try:
         begun = time.time()
-        commits = Checkpoints(run.store).commits()
-        start_step = commits[-1].step if commits else 0
+        start_step = _start_step(run)
         say(start_block(run, share, start_step, tracker.uri, command))
         if start_step < run.total_steps:
             result = fit_run(run, share, recorder, tracker, stop, start_step, say)
@@ -177,6 +179,16 @@ def _run_job(run: Run, share: Share, command: list[str], stop: Signals, say: Say
         with contextlib.suppress(ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
             ray.get(recorder.close.remote(), timeout=60)
         close_tracker(run, tracker, status, summary, say)
+
+
+def _start_step(run: Run) -> int:
+    """Return the step that the run goes on from; a last commit is believed only if it verifies."""
+    checkpoints = Checkpoints(run.store)
+    commits = checkpoints.commits()
+    if commits and commits[-1].step >= run.total_steps:
+        verified = checkpoints.newest(lambda commit, why: None)
+        return verified[0].step if verified else 0
+    return commits[-1].step if commits else 0
 
 
 def _start_recorder(run: Run) -> Any:
@@ -207,8 +219,8 @@ def _raise_failure(result: Result, run: Run) -> None:
         rows_of_step = run.plan.step_rows(last - 1)
         shards = sorted({run.manifest.shard(int(s)).path for s in set(rows_of_step.shard)})[:3]
         raise TrainingError(
-            f"loss or gradient not finite for {run.config.train.max_nonfinite} steps up to step "
-            f"{last}, again after a roll-back: lower optim.lr, or look at the samples of these "
+            f"not finite for {run.config.train.max_nonfinite} steps up to step {last}, again after "
+            f"a roll-back: {result.outcome.detail}; lower optim.lr, or look at the samples of these "
             f"steps (python jobs/verify_run.py --run {run.store.uri} --step {last}; shards "
             f"{', '.join(shards)})"
         )

@@ -159,6 +159,11 @@ def _decide(
         events.append({"event": "commit_rejected", "commit": commit.name, "why": why})
 
     found = checkpoints.newest(rejected)
+    if found is None and events:
+        raise CheckpointError(
+            f"{job.run_uri}: none of the {len(events)} commits verifies (the newest: "
+            f"{events[0]['why']}); restore checkpoints/ from a copy, or delete it to begin anew"
+        )
     progress, commit = Progress(0, job.plan_digest), None
     if found is not None:
         commit, files = found
@@ -234,6 +239,8 @@ class _Attempt:
             job.total_steps,
             job.share.data_cpus,
         )
+        if self._rank == 0:
+            self._profile(self._start.progress.step)
         try:
             outcome = train(
                 self._model,
@@ -330,7 +337,7 @@ class _Attempt:
         wanted = self._job.config.train.profile_steps
         if wanted is None:
             return
-        if step == wanted[0] - 1 or (step == wanted[0] and self._profiler is None):
+        if step == wanted[0] - 1:
             self._profiler = torch.profiler.profile()
             self._profiler.start()
         elif step == wanted[1] and self._profiler is not None:

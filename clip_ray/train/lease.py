@@ -25,21 +25,25 @@ _FOLDER = "lease"
 
 
 @contextlib.contextmanager
-def held_lease(run: Store) -> Iterator[None]:
+def held_lease(run: Store) -> Iterator[threading.Event]:
     """Hold the run's lease for the duration of the block.
+
+    Yields:
+        An event that is set when another job has taken the lease over, after this process did not
+        run for a minute: it must write nothing more.
 
     Raises:
         CheckpointError: another live job holds it; the message says which.
     """
     token = uuid.uuid4().hex
     number = _take(run, token)
-    ended = threading.Event()
+    ended, lost = threading.Event(), threading.Event()
     renewer = threading.Thread(
-        target=_renew, args=(run, number, token, ended), name="lease", daemon=True
+        target=_renew, args=(run, number, token, ended, lost), name="lease", daemon=True
     )
     renewer.start()
     try:
-        yield
+        yield lost
     finally:
         ended.set()
         renewer.join(timeout=EXPIRE_S)
@@ -49,7 +53,7 @@ def held_lease(run: Store) -> Iterator[None]:
 def _take(run: Store, token: str) -> int:
     """Create the next lease file, exclusively, once no earlier one is alive."""
     while True:
-        newest = max((int(n.split(".")[0]) for n in run.child(_FOLDER).files()), default=0)
+        newest = _newest(run)
         if newest:
             try:
                 holder = json.loads(run.read(f"{_FOLDER}/{newest:08d}.json"))
@@ -68,6 +72,10 @@ def _take(run: Store, token: str) -> int:
         for old in range(max(newest - 3, 1), newest + 1):
             run.delete(f"{_FOLDER}/{old:08d}.json")
         return newest + 1
+
+
+def _newest(run: Store) -> int:
+    return max((int(name.split(".")[0]) for name in run.child(_FOLDER).files()), default=0)
 
 
 def _content(token: str, since: float) -> bytes:
@@ -111,9 +119,14 @@ def _process_started(pid: int) -> str | None:
     return fields[19]
 
 
-def _renew(run: Store, number: int, token: str, ended: threading.Event) -> None:
+def _renew(
+    run: Store, number: int, token: str, ended: threading.Event, lost: threading.Event
+) -> None:
     since = time.time()
     while not ended.wait(RENEW_S):
         # Storage may be down for a while; the next renewal may succeed.
         with contextlib.suppress(OSError):
+            if _newest(run) > number:
+                lost.set()
+                return
             run.write(f"{_FOLDER}/{number:08d}.json", _content(token, since))

@@ -28,6 +28,7 @@ from clip_ray.train.state import Progress
 
 PHASES = ("data_wait", "copy", "forward", "loss", "backward", "optimizer", "checkpoint")
 _DIGEST_PIECES = 6
+_BROKEN = 4  # place among the riders of: ranks with features not finite, and their number
 _PIECE_BITS = 11  # six 11-bit pieces hold 64 bits; their sums over 8,000 workers fit 24 bits
 MIN_SEEN = 1000  # samples before the share of bad ones is judged
 
@@ -55,10 +56,12 @@ class Outcome:
     Attributes:
         reason: "finished", "stopped" (asked to), "bad-data" (over the limit) or "nonfinite".
         progress: the counters at the end.
+        detail: for "nonfinite", what was not finite.
     """
 
     reason: Literal["finished", "stopped", "bad-data", "nonfinite"]
     progress: Progress
+    detail: str = ""
 
 
 @dataclass
@@ -162,7 +165,7 @@ def train(
                 | {"world_size": dist.get_world_size() if dist.is_initialized() else 1}
             )
         if reason is not None:
-            return Outcome(reason, progress)
+            return Outcome(reason, progress, "" if result.finite else result.where_broken)
     return Outcome("finished", progress)
 
 
@@ -177,7 +180,18 @@ class _Result:
     bad: int
     truncated: int
     void: int
+    broken_ranks: int
+    broken_rank: int | None
     samples_digest: int
+
+    @property
+    def where_broken(self) -> str:
+        """Say which ranks had features that are not finite."""
+        if self.broken_rank is not None:
+            return f"the features of rank {self.broken_rank}"
+        if self.broken_ranks:
+            return f"the features of {self.broken_ranks} ranks"
+        return "the loss or the gradient, the features of all ranks being finite"
 
 
 class _Stepper:
@@ -195,6 +209,7 @@ class _Stepper:
         self._model, self._optimizer, self._config = model, optimizer, config
         self._total_steps, self._device, self._clock = total_steps, device, clock
         self._bare: Any = getattr(model, "module", model)
+        self._rank = dist.get_rank() if dist.is_initialized() else 0
         self._parameters = [p for p in model.parameters() if p.requires_grad]
 
     def step(self, batch: Batch, number: int, wants_stop: bool) -> _Result:
@@ -212,7 +227,7 @@ class _Stepper:
             loss = contrastive_step(
                 self._model,
                 micro_batches,
-                lambda image, text, scale: clip_loss(image, text, scale, valid, riders=riders),
+                lambda image, text, scale: self._loss(image, text, scale, valid, riders),
                 mark=self._clock.mark,
             )
         grads = [p.grad for p in self._parameters if p.grad is not None]
@@ -239,8 +254,19 @@ class _Stepper:
             bad=sums[1],
             truncated=sums[2],
             void=sums[3],
-            samples_digest=_join(sums[4:]),
+            broken_ranks=sums[_BROKEN],
+            broken_rank=sums[_BROKEN + 1] if sums[_BROKEN] == 1 else None,
+            samples_digest=_join(sums[_BROKEN + 2 :]),
         )
+
+    def _loss(
+        self, image: Tensor, text: Tensor, scale: Tensor, valid: Tensor, riders: Tensor
+    ) -> Tensor:
+        with torch.no_grad():
+            broken = ~(image.isfinite().all() & text.isfinite().all())
+            riders[_BROKEN] = broken.float()
+            riders[_BROKEN + 1] = broken * self._rank
+        return clip_loss(image, text, scale, valid, riders=riders)
 
     def _on_device(self, batch: Batch) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         rows = len(batch.valid)
@@ -267,7 +293,7 @@ def _riders(batch: Batch, wants_stop: bool) -> Tensor:
     pieces = [
         (digest >> (_PIECE_BITS * i)) & ((1 << _PIECE_BITS) - 1) for i in range(_DIGEST_PIECES)
     ]
-    counts = [int(wants_stop), len(batch.bad), batch.truncated, int((~batch.valid).sum())]
+    counts = [int(wants_stop), len(batch.bad), batch.truncated, int((~batch.valid).sum()), 0, 0]
     return torch.tensor([*counts, *pieces], dtype=torch.float32)
 
 
@@ -294,6 +320,11 @@ def _reason_to_end(
     return "stopped" if result.stop else None
 
 
+def _number(value: float) -> float | None:
+    """Return a number that JSON has: it knows no NaN and no infinity."""
+    return value if math.isfinite(value) else None
+
+
 def _journal_row(
     result: _Result,
     progress: Progress,
@@ -306,15 +337,16 @@ def _journal_row(
         "step": progress.step,
         "attempt": attempt,
         "samples_digest": f"{result.samples_digest:016x}",
-        "loss": result.loss,
+        "loss": _number(result.loss),
         "finite": result.finite,
         "logit_scale": result.logit_scale,
         "lr": result.learning_rate,
-        "grad_norm": result.grad_norm,
+        "grad_norm": _number(result.grad_norm),
         "samples_per_s": config.train.global_batch / seconds,
         "step_s": seconds,
         "void": result.void,
         "bad": progress.bad,
+        "truncated": progress.truncated,
         **{name if name == "data_wait" else f"time_{name}": s for name, s in phases.items()},
         "time": time.time(),
     }

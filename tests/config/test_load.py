@@ -160,7 +160,7 @@ def test_every_field_is_in_the_dump() -> None:
 def test_flatten() -> None:
     assert flatten({"a": {"b": 1, "c": {"d": [2]}}, "e": None}) == {
         "a.b": 1,
-        "a.c.d": [2],
+        "a.c.d.0": 2,
         "e": None,
     }
 

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from clip_ray.config import S3Options
 from tests.runtime.support import START_S, Head, Jobs, answers, free_ports, wait_for
 
 
 @pytest.fixture(scope="session")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+def head(tmp_path_factory: pytest.TempPathFactory, s3: S3Options) -> Iterator[Head]:
+    # `s3` first: the head's processes inherit the credentials that it sets.
     port, dashboard, client, agent, agent_grpc = free_ports(5)
     # Not below pytest's directory: a socket's path ends at 107 characters.
     with tempfile.TemporaryDirectory(prefix="cr-", ignore_cleanup_errors=True) as temp:

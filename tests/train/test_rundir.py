@@ -85,7 +85,7 @@ def test_other_settings_are_refused_with_the_difference(
 
 def test_other_sources_are_refused(store: Store) -> None:
     claim(store, config({"data.sources": [{"path": "a.tar"}]}))
-    with pytest.raises(CheckpointError, match=r"data.sources: was .*a\.tar.*, now .*b\.tar"):
+    with pytest.raises(CheckpointError, match=r"data.sources.0.path: was .*a\.tar.*, now .*b\.tar"):
         claim(store, config({"data.sources": [{"path": "b.tar"}]}))
 
 
