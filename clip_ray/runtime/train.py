@@ -220,8 +220,8 @@ def _raise_failure(result: Result, run: Run) -> None:
         shards = sorted({run.manifest.shard(int(s)).path for s in set(rows_of_step.shard)})[:3]
         raise TrainingError(
             f"not finite for {run.config.train.max_nonfinite} steps up to step {last}, again after "
-            f"a roll-back: {result.outcome.detail}; lower optim.lr, or look at the samples of these "
-            f"steps (python jobs/verify_run.py --run {run.store.uri} --step {last}; shards "
+            f"a roll-back: {result.outcome.detail}. Lower optim.lr, or look at the samples of "
+            f"these steps (python jobs/verify_run.py --run {run.store.uri} --step {last}; shards "
             f"{', '.join(shards)})"
         )
 

@@ -99,15 +99,16 @@ def test_mlflow_has_what_the_journal_has(undisturbed):
     assert version.tags["digest"] == summary["digest"]
 
 
-def test_any_number_of_workers_gives_the_same_curve(jobs):
-    for workers in (1, 2, 4):
-        # 5 divides neither 32 nor its shares: micro-batches are padded with void rows.
-        micro = ("--train.micro_batch", "5") if workers == 4 else ()
-        jobs.run(f"w{workers}", "--cluster.num_workers", str(workers), *micro)
-    for other in ("w2", "w4"):
-        assert relative(jobs.losses(other), jobs.losses("w1")) <= 1e-4
-        difference = weights(jobs.run_dir(other)) - weights(jobs.run_dir("w1"))
-        assert np.linalg.norm(difference) <= 1e-5 * np.linalg.norm(weights(jobs.run_dir("w1")))
+def test_any_number_of_workers_gives_the_same_curve(jobs, undisturbed):
+    """Against the undisturbed run, which has two workers."""
+    # 5 divides neither 32 nor its shares: micro-batches are padded with void rows.
+    jobs.run("w1", *SLOW_STEPS, "--cluster.num_workers", "1")
+    jobs.run("w4", *SLOW_STEPS, "--cluster.num_workers", "4", "--train.micro_batch", "5")
+    expected = weights(undisturbed.run_dir("clip"))
+    for other in ("w1", "w4"):
+        assert relative(jobs.losses(other)[:20], undisturbed.losses("clip")[:20]) <= 1e-4
+        difference = weights(jobs.run_dir(other)) - expected
+        assert np.linalg.norm(difference) <= 1e-4 * np.linalg.norm(expected)
 
 
 def test_a_killed_worker_costs_nothing_but_time(jobs, undisturbed):
@@ -136,6 +137,9 @@ def _belongs_to(process: psutil.Process, temp: str) -> bool:
 
 def test_a_killed_job_is_resumed_by_the_same_command(jobs, undisturbed):
     job = jobs.start("again", *SLOW_STEPS)
+    jobs.wait_for_step("again", 1)
+    refused = jobs.run("again", *SLOW_STEPS, code=2)  # a second live writer
+    assert f"is being written by process {job.pid} on {socket.gethostname()}" in refused
     jobs.wait_for_step("again", 29)
     os.killpg(job.pid, signal.SIGKILL)
     job.wait(20)
@@ -196,14 +200,6 @@ def test_a_run_can_be_extended(jobs):
     assert verify(LocalStore(jobs.run_dir("longer"))).holds
 
 
-def test_a_second_live_writer_is_refused(jobs):
-    job = jobs.start("mine", *SLOW_STEPS)
-    jobs.wait_for_step("mine", 2)
-    output = jobs.run("mine", *SLOW_STEPS, code=2)
-    assert f"is being written by process {job.pid} on {socket.gethostname()}" in output
-    jobs.finish(job)
-
-
 def make_tar(path: Path, samples: int, bad: set[int]) -> Path:
     rng = np.random.default_rng(0)
     with tarfile.open(path, "w") as tar:
@@ -218,15 +214,6 @@ def make_tar(path: Path, samples: int, bad: set[int]) -> Path:
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
     return path
-
-
-def test_bad_images_are_void_counted_and_named(jobs, tmp_path):
-    data = make_tar(tmp_path / "some.tar", 128, bad={3, 77})
-    flags = ("--data.sources", str(data), "--data.holdout", "0", "--train.steps", "8")
-    output = jobs.run("some", *flags)
-    assert "bad sample: 00" in output
-    assert jobs.summary("some")["bad_samples"] == 4  # two passes over two bad samples
-    assert {row["key"] for row in jobs.rows("some", "quarantine")} == {"0003", "0077"}
 
 
 def test_too_many_bad_images_stop_the_run(jobs, tmp_path):
@@ -266,8 +253,8 @@ def test_mlflow_may_be_down(jobs):
     assert series(jobs.run_dir("dark"), run_id) == expected
 
 
-def test_everything_on_s3(jobs, s3):
-    data = Path(__file__).resolve().parents[2] / "clip_ray/bundled/starter/train-0000.tar"
+def test_everything_on_s3_and_bad_images_void_counted_and_named(jobs, s3, tmp_path):
+    data = make_tar(tmp_path / "some.tar", 128, bad={3, 77})
     open_store("s3://bucket/data", s3).write("train-0000.tar", data.read_bytes())
     flags = [
         *("--run.storage", "s3://bucket/runs", "--run.s3.endpoint", s3.endpoint),
@@ -276,10 +263,14 @@ def test_everything_on_s3(jobs, s3):
         *("--tracking.uri", f"sqlite:///{jobs.directory}/mlflow.db"),
         *("--tracking.register_model", "false"),
     ]
-    jobs.run("far", *flags)
+    output = jobs.run("far", *flags)
     run = open_store("s3://bucket/runs/far", s3)
-    assert json.loads(run.read("summary.json"))["steps"] == 20
-    assert run.exists("metrics.jsonl")
+    summary = json.loads(run.read("summary.json"))
+    assert summary["steps"] == 20
+    assert "bad sample: 00" in output
+    assert summary["bad_samples"] == 10  # five passes over two bad samples
+    assert {row["key"] for row in read_journal(run, "quarantine")} == {"0003", "0077"}
+    assert run.exists("metrics.jsonl") and run.exists("quarantine.jsonl")
     assert [row["step"] for row in read_journal(run, "metrics")] == list(range(1, 21))
     assert verify(run).holds
 
