@@ -137,7 +137,8 @@ def _belongs_to(process: psutil.Process, temp: str) -> bool:
 
 def test_a_killed_job_is_resumed_by_the_same_command(jobs, undisturbed):
     job = jobs.start("again", *SLOW_STEPS)
-    jobs.wait_for_step("again", 1)
+    lease = jobs.run_dir("again") / "lease"
+    wait_for(lambda: lease.is_dir() and any(lease.glob("*.json")), 60, "the lease")
     refused = jobs.run("again", *SLOW_STEPS, code=2)  # a second live writer
     assert f"is being written by process {job.pid} on {socket.gethostname()}" in refused
     jobs.wait_for_step("again", 29)
