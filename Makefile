@@ -29,9 +29,9 @@ quickstart: install  ## pre-train, evaluate and promote a small CLIP on the bund
 	@echo
 	@echo "next:"
 	@echo "  make ui                                                  browse the run in MLflow"
-	@echo "  $(BIN)/python jobs/pretrain.py --run.extend 200          go on from where it ended"
+	@echo "  $(BIN)/python jobs/pretrain.py --run.storage $(STORAGE) --run.extend 200   go on from where it ended"
 	@echo "  $(BIN)/python jobs/prepare.py --help                     make shards of your own pictures"
-	@echo "  $(BIN)/python jobs/evaluate.py --model models:/quickstart@champion --dataset $(STORAGE)/bundled/starter"
+	@echo "  $(BIN)/python jobs/evaluate.py --model $(STORAGE)/quickstart --dataset $(STORAGE)/bundled/starter"
 	@echo "  README.md, \"Your own data\" and \"On a cluster\""
 
 test: install  ## unit and Ray integration tests (under 15 minutes on 2 cores)

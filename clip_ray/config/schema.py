@@ -42,6 +42,9 @@ _CREDENTIALS = (
     "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN)"
 )
 PublicUri = Annotated[str | None, AfterValidator(without_credentials)]
+PublicPath = Annotated[
+    str, AfterValidator(lambda path: without_credentials(path) if "://" in path else path)
+]
 
 
 class S3Options(Section):
@@ -61,7 +64,7 @@ class RunConfig(Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         description="run name; the same name and config resumes",
     )
-    storage: str = Field("runs", description="directory or s3:// prefix that holds all runs")
+    storage: PublicPath = Field("runs", description="directory or s3:// prefix that holds all runs")
     seed: int = Field(0, ge=0, description="seed of weights, plan and augmentation")
     extend: int = Field(0, ge=0, description="steps added to a run's length")
     s3: S3Options = Field(S3Options(), description="access to run.storage on s3://")
@@ -78,11 +81,13 @@ class ClusterConfig(Section):
         None, gt=0, description="CPUs reserved by a worker; none = 1, less on small machines"
     )
     data_cpus: float | None = Field(
-        None, gt=0, description="CPUs for reading and decoding; none = what workers leave free"
+        None, ge=1, description="CPUs for reading and decoding; none = what workers leave free"
     )
     start_timeout_s: PositiveInt = Field(60, description="seconds to wait for the resources")
     collective_timeout_s: PositiveInt = Field(
-        180, description="seconds after which a hung collective ends the attempt"
+        180,
+        description="seconds after which a hung collective ends the attempt; reading or writing a "
+        "checkpoint must take less",
     )
     max_fruitless_attempts: PositiveInt = Field(
         3, description="attempts without a new commit after which the run stops"
@@ -92,7 +97,9 @@ class ClusterConfig(Section):
 class SourceConfig(Section):
     """One set of shards."""
 
-    path: str = Field(description="file, directory, glob or {000..123} pattern; local or s3://")
+    path: PublicPath = Field(
+        description="file, directory, glob or {000..123} pattern; local or s3://"
+    )
     weight: float | None = Field(
         None, gt=0, description="share of the samples, relative; none on all = by size"
     )
@@ -302,7 +309,6 @@ class TrackingConfig(Section):
     experiment: str = Field("clip-ray", description="experiment name")
     model_name: str | None = Field(None, description="registered model; none = run.name")
     register_model: bool = Field(True, description="register the export as a model version")
-    samples: bool = Field(False, description="allow captions and images in logged figures")
     flush_s: float = Field(5.0, gt=0, description="seconds between batches sent to MLflow")
 
 

@@ -13,7 +13,7 @@ import secrets
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,20 @@ def local_share(config: ClusterConfig, wants_gpu: bool) -> Share:
     )
 
 
+def ray_temp() -> Path:
+    """Return the directory of our own Rays' sessions and logs; only this user can read it."""
+    temp = Path(tempfile.gettempdir()) / f"clip-ray-{os.getuid()}"
+    temp.mkdir(mode=0o700, exist_ok=True)
+    return temp
+
+
+def ray_logs() -> str:
+    """Say where the logs of the connected Ray are, on its head."""
+    session = ray.get_runtime_context().get_session_name()
+    folder = os.environ.get("RAY_TMPDIR", "/tmp/ray")
+    return f"{folder}/{session}/logs"
+
+
 def _start_local(share: Share, token_dir: Path) -> None:
     token_dir.mkdir(parents=True, exist_ok=True)
     token = token_dir / "ray-token"
@@ -133,8 +147,7 @@ def _start_local(share: Share, token_dir: Path) -> None:
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     # A temp directory of our own: in Ray's, the address file of a killed Ray makes each shutdown
     # wait 12 s for a head that is gone. Short, because socket paths end at 107 characters.
-    temp = Path(tempfile.gettempdir()) / f"clip-ray-{os.getuid()}"
-    temp.mkdir(mode=0o700, exist_ok=True)
+    temp = ray_temp()
     os.environ["RAY_TMPDIR"] = str(temp)
     cpus = share.num_workers * share.worker_cpus + share.data_cpus
     try:
@@ -185,6 +198,8 @@ def share_of(
         per_worker = min(1.0, (cpus - reserved) / workers)
         per_worker = int(per_worker * 100) / 100  # Ray counts in units of 1/10000; keep it readable
     left = cpus - workers * per_worker
+    if config.data_cpus is not None:
+        left = min(left, config.data_cpus)
     asked = f"asked: {workers} workers x {max(per_worker, MIN_WORKER_CPUS):g} CPU"
     if wants_gpu:
         asked += " + 1 GPU"
@@ -202,31 +217,51 @@ def share_of(
     return Share(workers, per_worker, int(wants_gpu), left, threads), ""
 
 
-def wants_gpu(config: Config) -> bool:
-    """Tell whether the workers take a GPU each: `train.device`, or what there is under `auto`.
+def fit_to_gpus(config: Config, say: Callable[[str], None]) -> tuple[Config, bool]:
+    """Decide whether the workers take a GPU each.
+
+    Under `train.device: auto` they do where there are GPUs; with fewer GPUs than workers, there
+    are as many workers as GPUs (the run stays the same run).
+
+    Returns:
+        The config, its number of workers maybe lowered, and whether they take GPUs.
 
     Raises:
-        ClusterError: a GPU is there that torch cannot use.
+        ClusterError: a GPU was asked for that is not there, or is there and torch cannot use it.
     """
-    if config.train.device != "auto":
-        return config.train.device == "cuda"
+    wanted = config.train.device
+    if wanted == "cpu":
+        return config, False
+    count, workers = _gpu_count(config), config.cluster.num_workers
+    if wanted == "cuda":
+        if count < workers and is_local(config.cluster):
+            raise ClusterError(
+                f"train.device cuda: {workers} workers take a GPU each, torch sees {count}; lower "
+                "cluster.num_workers or set train.device auto"
+            )
+        return config, True
+    if count == 0:
+        return config, False
+    if count < workers and is_local(config.cluster):
+        say(f"{count} GPUs: {count} workers in the place of {workers} (the run is the same)")
+        cluster = config.cluster.model_copy(update={"num_workers": count})
+        config = config.model_copy(update={"cluster": cluster})
+    return config, True
+
+
+def _gpu_count(config: Config) -> int:
     if not is_local(config.cluster):
-        return _cluster_has_gpu(config)
+        _connect(config.cluster.address or os.environ["RAY_ADDRESS"])
+        try:
+            return int(ray.cluster_resources().get("GPU", 0))
+        finally:
+            ray.shutdown()
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.device_count() >= config.cluster.num_workers
-    _refuse_unusable_gpu()
-    return False
-
-
-def _cluster_has_gpu(config: Config) -> bool:
-    address = config.cluster.address or os.environ["RAY_ADDRESS"]
-    _connect(address)
-    try:
-        return ray.cluster_resources().get("GPU", 0) >= config.cluster.num_workers
-    finally:
-        ray.shutdown()
+    if not torch.cuda.is_available():
+        _refuse_unusable_gpu()
+        return 0
+    return torch.cuda.device_count()
 
 
 def _refuse_unusable_gpu() -> None:
@@ -252,7 +287,7 @@ def _refuse_unusable_gpu() -> None:
         )
 
 
-def check_storage(config: Config, storage: str, tracking_uri: str | None) -> None:
+def check_storage(storage: str, tracking_uri: str) -> None:
     """Refuse storage that some node of the cluster could not see.
 
     On several nodes a local path is proved to be shared: every node reads back a nonce.
@@ -261,13 +296,15 @@ def check_storage(config: Config, storage: str, tracking_uri: str | None) -> Non
         ConfigError: the storage, or an sqlite tracking store, lies on one node only.
     """
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    if len(nodes) <= 1 or storage.startswith("s3://"):
+    if len(nodes) <= 1:
         return
-    if tracking_uri is None or tracking_uri.startswith("sqlite"):
+    if tracking_uri.startswith("sqlite"):
         raise ConfigError(
-            f"tracking.uri {tracking_uri or '(sqlite in run.storage)'}: sqlite does not work over "
-            f"{len(nodes)} nodes; start an MLflow server and give its http:// address"
+            f"tracking.uri {tracking_uri}: sqlite does not work over {len(nodes)} nodes; start an "
+            "MLflow server and give its http:// address"
         )
+    if storage.startswith("s3://"):
+        return
     nonce = uuid.uuid4().hex
     marker = Path(storage) / f".shared-{nonce}"
     marker.parent.mkdir(parents=True, exist_ok=True)

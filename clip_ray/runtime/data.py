@@ -25,6 +25,7 @@ from clip_ray.errors import ClusterError, TrainingError
 
 SEGMENT_BLOCKS = 16_384  # blocks of one streaming execution; Ray lists its tasks in advance
 FIRST_BATCH_TIMEOUT_S = 300.0
+CLOSE_S = 5.0
 
 
 @functools.lru_cache(maxsize=2)
@@ -140,11 +141,8 @@ class BatchStream:
     def close(self) -> None:
         """End the thread; batches not yet taken are dropped."""
         self._closed.set()
-        while self._thread.is_alive():
-            with_room = not self._queue.empty()
-            if with_room:
-                self._queue.get_nowait()
-            self._thread.join(timeout=0.05)
+        # Bounded: a thread that waits for a block that never comes is left behind, a daemon.
+        self._thread.join(timeout=CLOSE_S)
 
     def _put(self, item: Batch | BaseException | None) -> bool:
         while not self._closed.is_set():
@@ -187,12 +185,16 @@ class BatchStream:
                         yield batch
                     step += 1
                 window = []
+        if window or next(expected, None) is not None:
+            raise TrainingError(f"rank {self._rank}: Ray Data ended before block {blocks.stop}")
 
     def _iterator(self, number: int, blocks: range) -> ray.data.DataIterator:
         box = f"{self._name}/{number}"
         if self._rank == 0:
             streams = build_stream(self._reference, self._layout, blocks, self._data_cpus)
-            ray.get(self._recorder.post.remote(box, streams), timeout=60)
+            # Every rank has begun the last segment: the one before it is needed no more.
+            old = f"{self._name}/{number - 2}"
+            ray.get(self._recorder.post.remote(box, streams, old), timeout=60)
             return streams[0]
         deadline = time.monotonic() + FIRST_BATCH_TIMEOUT_S
         while time.monotonic() < deadline and not self._closed.is_set():

@@ -65,7 +65,8 @@ def evaluate_model(
     device = "cuda" if share.worker_gpus else "cpu"
     jobs: dict[str, Any] = {}
     for uri in run.config.eval.datasets:
-        jobs[uri.rstrip("/").rsplit("/", 1)[-1]] = task.remote(
+        name = uri.rstrip("/").rsplit("/", 1)[-1]
+        jobs[uri if name in jobs else name] = task.remote(
             run.store.uri, run.config, device, uri, None
         )
     if len(run.manifest.holdout_items()[0]):
@@ -80,7 +81,7 @@ def evaluate_model(
             results[name], drawn = ray.get(job, timeout=EVALUATION_TIMEOUT_S)
             figures |= {f"{name}-{kind}": figure for kind, figure in drawn.items()}
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
-            results[name] = {"error": str(error).strip().splitlines()[-1]}
+            results[name] = {"error": f"{type(error).__name__}: {error}".strip().splitlines()[-1]}
             say(f"! {name}: {results[name]['error']}")
     return results, figures
 

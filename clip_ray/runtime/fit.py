@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import ray
@@ -26,13 +26,11 @@ from clip_ray.runtime.progress import ProgressLine
 from clip_ray.runtime.recorder import CauseOfRestart
 from clip_ray.runtime.worker import Job, Result, run_worker
 from clip_ray.tracking import Tracker
-from clip_ray.train.journal import Row
+from clip_ray.train.journal import Row, read_journal
 from clip_ray.train.rundir import Run
 
 POLL_S = 0.5
 STOP_TIMEOUT_S = 900.0  # a commit in the making and the last step
-
-Say = Callable[[str], None]
 
 
 def fit_run(
@@ -42,7 +40,6 @@ def fit_run(
     tracker: Tracker,
     stop: Signals,
     start_step: int,
-    say: Say,
 ) -> Result:
     """Run the training on a thread; report its progress and pass on signals until it ends.
 
@@ -95,7 +92,8 @@ def fit_run(
 
     thread = threading.Thread(target=fit, name="fit", daemon=True)
     line = ProgressLine(run, start_step, sys.stderr)
-    watch = _Watch(recorder, tracker, line, say)
+    watch = _Watch(run, recorder, tracker, line)
+    stop.deferred = True
     try:
         thread.start()
         deadline = float("inf")
@@ -105,7 +103,8 @@ def fit_run(
             if stop.received and deadline == float("inf"):
                 deadline = time.monotonic() + STOP_TIMEOUT_S
                 line.note(f"{stop.name}: committing, then stopping (again: stop at once)")
-                recorder.request_stop.remote()
+            if stop.received:
+                recorder.request_stop.remote()  # each time: a restarted recorder has forgotten
             if stop.lease_lost.is_set():
                 raise CheckpointError(
                     f"run {run.store.uri} was taken over by another job while this one did not run"
@@ -114,6 +113,7 @@ def fit_run(
                 raise TrainingError(f"stopped by {stop.name} before the commit was written")
         watch.poll()
     finally:
+        stop.deferred = False
         line.close()
         shutil.rmtree(scratch, ignore_errors=True)
     if isinstance(ended[0], BaseException):
@@ -127,18 +127,21 @@ def fit_run(
 class _Watch:
     """Follows the recorder: rows to MLflow and the progress line, events to the user."""
 
-    def __init__(self, recorder: Any, tracker: Tracker, line: ProgressLine, say: Say) -> None:
-        self._recorder, self._tracker, self._line, self._say = recorder, tracker, line, say
-        self._cursor = 0
+    def __init__(self, run: Run, recorder: Any, tracker: Tracker, line: ProgressLine) -> None:
+        self._run, self._recorder, self._tracker, self._line = run, recorder, tracker, line
+        self._incarnation, self._cursor = "", 0
 
     def poll(self) -> None:
         """Take what is new. A recorder that is restarting is asked again the next time."""
         try:
-            cursor, rows = ray.get(self._recorder.log_since.remote(self._cursor), timeout=30)
+            call = self._recorder.log_since.remote(self._incarnation, self._cursor)
+            incarnation, self._cursor, rows = ray.get(call, timeout=30)
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
             return
-        # A restarted recorder counts from 0 again.
-        self._cursor = cursor
+        if self._incarnation and incarnation != self._incarnation:
+            # What the last one took and had not yet told: the journal has it.
+            self._tracker.offer(read_journal(self._run.store, "metrics"))
+        self._incarnation = incarnation
         metrics = [row for journal, row in rows if journal == "metrics"]
         self._tracker.offer(metrics)
         for journal, row in rows:
@@ -175,11 +178,12 @@ class Signals:
     def __init__(self) -> None:
         self.received: int | None = None
         self.count = 0
+        self.deferred = False
         self.lease_lost = threading.Event()
 
     @property
     def name(self) -> str:
-        """Name of the first signal received, such as SIGTERM."""
+        """Name of the last signal received, such as SIGTERM."""
         return signal.Signals(self.received).name if self.received else ""
 
     def own(self) -> None:
@@ -189,9 +193,11 @@ class Signals:
                 signal.signal(number, self.take)
 
     def take(self, number: int, frame: Any) -> None:
-        """Note a signal; installed as its handler."""
+        """Note a signal, or end the process where nobody looks; installed as its handler."""
         self.received = number
         self.count += 1
+        if not self.deferred:
+            raise SystemExit(128 + number)
 
 
 @contextlib.contextmanager

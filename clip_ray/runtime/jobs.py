@@ -6,23 +6,28 @@ from pathlib import Path
 
 from clip_ray.config import Config
 from clip_ray.data.report import report
-from clip_ray.errors import ConfigError
+from clip_ray.errors import CheckpointError, ConfigError
 from clip_ray.runtime.cluster import connected
 from clip_ray.runtime.index import index_data
 from clip_ray.runtime.train import resolve
 from clip_ray.storage import LocalStore
 from clip_ray.tokenizer import Tokenizer
-from clip_ray.train.rundir import run_store
+from clip_ray.train.rundir import run_store, write_manifest
 
 
 def index_job(config: Config, wants_report: bool) -> None:
     """Build the manifest into the run's directory; print a report of the data where asked to."""
     config = resolve(config)
     store = run_store(config)
+    if store.child("attempts").files():
+        raise CheckpointError(
+            f"{store.uri} holds a run that has begun, and keeps its manifest; index under another "
+            "run.name"
+        )
     local = Path(store.uri) if isinstance(store, LocalStore) else Path.cwd()
     with connected(config, wants_gpu=False, token_dir=local):
         manifest = index_data(config.data, print)
-    store.write("manifest.parquet", manifest.to_bytes())
+    write_manifest(store, manifest, config)
     print(f"manifest: {store.uri}/manifest.parquet (digest {manifest.digest[:12]})")
     if not wants_report:
         return

@@ -8,7 +8,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any, TextIO
 
-from clip_ray.runtime.cluster import Share
+from clip_ray.runtime.cluster import Share, ray_logs
 from clip_ray.tracking import Lag
 from clip_ray.train.journal import Row
 from clip_ray.train.rundir import Run
@@ -47,8 +47,9 @@ def start_block(
         ("storage", f"{_size(model_bytes * kept)} for {kept} checkpoints"
                     f"{_free(run.store.uri, model_bytes * kept)}"),
         ("MLflow", mlflow),
+        ("logs", f"{run.store.uri}/events.jsonl; Ray's: {ray_logs()}"),
         ("stop", "Ctrl-C or SIGTERM: commits, then ends"),
-        ("follow", f"{run.store.uri}/metrics.jsonl and events.jsonl"),
+        ("follow", f"tail -f {run.store.uri}/metrics.jsonl"),
         ("resume", " ".join(command)),
     ]  # fmt: skip
     return "\n".join(f"  {name:<8} {text}" for name, text in lines)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from typing import Any
 
 import ray
 from ray.train import UserCallback
 
 from clip_ray.config import S3Options
-from clip_ray.storage import open_store
+from clip_ray.storage import LocalStore, open_store
 from clip_ray.train.journal import Journal, Row
 
 JOURNALS = ("metrics", "events", "quarantine")
@@ -28,43 +29,71 @@ class Recorder:
     def __init__(self, run_uri: str, s3: S3Options) -> None:
         run = open_store(run_uri, s3)
         self._journals = {name: Journal(run, name) for name in JOURNALS}
+        # On a local disk an appended row survives this process; on S3 a flushed one does.
+        self._durable_at_once = isinstance(run, LocalStore)
+        self._incarnation = uuid.uuid4().hex
         self._log: list[tuple[str, Row]] = []
+        self._dropped = 0
+        self._taken: dict[str, int] = {}
         self._stop = False
         self._mailbox: dict[str, Any] = {}
         self._flushed = time.monotonic()
+        self._durable: dict[str, int] = {}
 
-    def append(self, rows: list[tuple[str, Row]], durable: bool = False) -> bool:
-        """Journal `(journal, row)` pairs; return whether the run has been asked to stop."""
+    def append(
+        self, sender: str, first: int, rows: list[tuple[str, Row]], durable: bool = False
+    ) -> tuple[bool, int]:
+        """Journal a sender's `(journal, row)` pairs.
+
+        Args:
+            sender: who sends; unique to a process.
+            first: number of the first row among all that the sender has had.
+            rows: rows that were taken before are not taken twice.
+            durable: flush the journals now.
+
+        Returns:
+            Whether the run has been asked to stop, and how many of the sender's rows are durable.
+        """
+        new = rows[max(self._taken.get(sender, first) - first, 0) :]
         for name in JOURNALS:
-            mine = [row for journal, row in rows if journal == name]
+            mine = [row for journal, row in new if journal == name]
             if mine:
                 self._journals[name].append(mine)
-        self._log += rows
+        self._taken[sender] = max(self._taken.get(sender, 0), first + len(rows))
+        self._log += new
         if durable or time.monotonic() - self._flushed > FLUSH_S:
             for journal in self._journals.values():
                 journal.flush()
             self._flushed = time.monotonic()
-        return self._stop
+            self._durable = dict(self._taken)
+        safe = self._taken if self._durable_at_once else self._durable
+        return self._stop, safe.get(sender, 0)
 
-    def log_since(self, cursor: int) -> tuple[int, list[tuple[str, Row]]]:
-        """Return the rows that this actor took since `cursor`, and the new cursor."""
-        return len(self._log), self._log[cursor:]
+    def log_since(self, incarnation: str, cursor: int) -> tuple[str, int, list[tuple[str, Row]]]:
+        """Return the rows taken since `cursor`; earlier ones are forgotten.
+
+        Returns:
+            This actor's incarnation, the new cursor, and the rows. Another incarnation than the
+            caller's means that the actor was restarted and has counted from 0 again.
+        """
+        if incarnation != self._incarnation:
+            cursor = 0
+        keep = max(cursor - self._dropped, 0)
+        self._log, self._dropped = self._log[keep:], self._dropped + keep
+        return self._incarnation, self._dropped + len(self._log), self._log
 
     def request_stop(self) -> None:
         """Ask the run to commit and end; the ranks hear of it with their next answer."""
         self._stop = True
 
-    def post(self, name: str, content: Any) -> None:
-        """Leave something in the mailbox."""
+    def post(self, name: str, content: Any, replaces: str = "") -> None:
+        """Leave something in the mailbox, in the place of what was posted under `replaces`."""
+        self._mailbox.pop(replaces, None)
         self._mailbox[name] = content
 
     def collect(self, name: str) -> Any:
         """Return what was posted under `name`; None where nothing is there yet."""
         return self._mailbox.get(name)
-
-    def discard(self, prefix: str) -> None:
-        """Empty the mailbox of what begins with `prefix`."""
-        self._mailbox = {k: v for k, v in self._mailbox.items() if not k.startswith(prefix)}
 
     def close(self) -> None:
         """Make everything durable and join the parts."""
@@ -73,21 +102,32 @@ class Recorder:
 
 
 class Reporter:
-    """A rank's side of the recorder: sends what piles up, one call in flight, never waiting."""
+    """A process's side of the recorder: sends what piles up, one call in flight, never waiting.
+
+    Rows are kept until they are durable: a recorder that is restarted gets them again.
+    """
 
     def __init__(self, recorder: Any) -> None:
         self._recorder = recorder
+        self._sender = uuid.uuid4().hex
         self._lock = threading.Lock()
-        self._pending: list[tuple[str, Row]] = []
-        self._sent: list[tuple[str, Row]] = []
+        self._rows: list[tuple[str, Row]] = []
+        self._first = 0  # number of the first row that is kept
+        self._sent = 0  # number of the first row that is not sent
         self._call: Any = None
         self.stop_requested = False
 
     def add(self, journal: str, rows: list[Row]) -> None:
         """Queue rows and send them when the last call has been answered."""
         with self._lock:
-            self._pending += [(journal, row) for row in rows]
+            self._rows += [(journal, row) for row in rows]
             self._advance()
+
+    def advance(self) -> None:
+        """Send what was queued while a call was in flight."""
+        with self._lock:
+            if self._call is not None or self._sent < self._first + len(self._rows):
+                self._advance()
 
     def drain(self, timeout_s: float) -> None:
         """Wait until everything queued so far is durable.
@@ -96,33 +136,40 @@ class Reporter:
             TimeoutError: it is not after `timeout_s`.
         """
         deadline = time.monotonic() + timeout_s
+        with self._lock:
+            goal = self._first + len(self._rows)
         while True:
             # The lock is held for moments only: the training thread must not wait here.
             with self._lock:
-                if not self._pending and not self._sent:
-                    break
-                self._advance()
+                if self._first >= goal:
+                    return
+                self._advance(durable=True)
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the recorder did not answer within {timeout_s:g} s")
             time.sleep(0.02)
-        flushed = self._recorder.append.remote([], durable=True)
-        ray.get(flushed, timeout=max(deadline - time.monotonic(), 1.0))
 
-    def _advance(self) -> None:
+    def _advance(self, durable: bool = False) -> None:
         if self._call is not None:
             ready, _ = ray.wait([self._call], timeout=0)
             if not ready:
                 return
             try:
-                self.stop_requested |= bool(ray.get(self._call))
-                self._sent = []
+                stop, safe = ray.get(self._call)
+                self.stop_requested |= stop
+                self._rows = self._rows[max(safe - self._first, 0) :]
+                self._first = max(self._first, safe)
             except ray.exceptions.RayError:
-                # The recorder restarted: what it had not acknowledged is sent again.
-                self._pending, self._sent = self._sent + self._pending, []
+                self._sent = self._first  # it restarted: what is not known to be durable, again
             self._call = None
-        self._sent, self._pending = self._pending, []
-        # An empty call too: its answer carries the wish to stop.
-        self._call = self._recorder.append.remote(self._sent)
+        # With nothing to send too: the answer carries the wish to stop.
+        rows = self._rows[self._sent - self._first :]
+        self._call = self._recorder.append.remote(self._sender, self._sent, rows, durable)
+        self._sent += len(rows)
+
+
+def send_event(recorder: Any, row: Row) -> None:
+    """Journal one event, from a process that has no Reporter; does not wait."""
+    recorder.append.remote(uuid.uuid4().hex, 0, [("events", row)])
 
 
 class CauseOfRestart(UserCallback):
@@ -139,4 +186,4 @@ class CauseOfRestart(UserCallback):
             if str(e).strip()
         }
         row = {"time": time.time(), "event": "attempt_failed", "causes": causes}
-        self._recorder.append.remote([("events", row)])
+        send_event(self._recorder, row)

@@ -21,8 +21,15 @@ from clip_ray.config import Config, S3Options
 from clip_ray.data.bundled import PREFIX, unbundle
 from clip_ray.data.manifest import Manifest
 from clip_ray.data.quarantine import BadSample, summarise
-from clip_ray.errors import ClipRayError, DataError, TrainingError
-from clip_ray.runtime.cluster import Share, absolute, check_storage, connected, wants_gpu
+from clip_ray.errors import DataError, TrainingError
+from clip_ray.runtime.cluster import (
+    Share,
+    absolute,
+    check_storage,
+    connected,
+    fit_to_gpus,
+    ray_temp,
+)
 from clip_ray.runtime.finish import evaluate_model, export_model, summarize
 from clip_ray.runtime.fit import Signals, fit_run, owned_signals
 from clip_ray.runtime.index import index_data
@@ -34,10 +41,10 @@ from clip_ray.runtime.publish import (
     publish,
     start_tracker,
 )
-from clip_ray.runtime.recorder import Recorder
+from clip_ray.runtime.recorder import Recorder, send_event
 from clip_ray.runtime.worker import Result
-from clip_ray.storage import Store, open_store
-from clip_ray.tracking import Tracker
+from clip_ray.storage import LocalStore, Store, open_store
+from clip_ray.tracking import Tracker, default_tracking_uri
 from clip_ray.train.checkpoint import Checkpoints
 from clip_ray.train.journal import Row, read_journal
 from clip_ray.train.lease import held_lease
@@ -76,11 +83,15 @@ def resolve(config: Config) -> Config:
             "exclude": config.data.exclude and place(config.data.exclude),
         }
     )
-    vocab = config.tokenizer.vocab
+    vocab, tracking = config.tokenizer.vocab, config.tracking
+    if tracking.uri is not None and tracking.uri.startswith("sqlite:///"):
+        uri = "sqlite:///" + absolute(tracking.uri.removeprefix("sqlite:///"))
+        tracking = tracking.model_copy(update={"uri": uri})
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"storage": storage}),
             "data": data,
+            "tracking": tracking,
             "eval": config.eval.model_copy(
                 update={"datasets": tuple(place(path) for path in config.eval.datasets)}
             ),
@@ -103,6 +114,7 @@ def pretrain(config: Config, command: list[str], say: Say = print) -> Ended:
         ClipRayError: what kept the run from starting or from ending.
     """
     config = resolve(config)
+    tracking_uri = default_tracking_uri(config.tracking.uri, config.run.storage)
     store = run_store(config)
     with owned_signals() as stop, held_lease(store) as lease_lost:
         if claim(store, config):
@@ -110,15 +122,15 @@ def pretrain(config: Config, command: list[str], say: Say = print) -> Ended:
         done = _finished(store, config, say)
         if done is not None:
             return Ended(done)
-        gpu = wants_gpu(config)
-        token_dir = Path(store.uri) if not store.uri.startswith("s3://") else Path.home()
+        config, gpu = fit_to_gpus(config, say)
+        token_dir = Path(store.uri) if isinstance(store, LocalStore) else ray_temp()
         say("starting Ray" if config.cluster.address is None else "connecting to Ray")
         with connected(config, gpu, token_dir) as share:
-            check_storage(config, config.run.storage, config.tracking.uri)
-            run = prepare(store, config, lambda: index_data(config.data, say), say)
             # Ray has put its own handler of SIGTERM in place of ours.
             stop.own()
             stop.lease_lost = lease_lost
+            check_storage(config.run.storage, tracking_uri)
+            run = prepare(store, config, lambda: index_data(config.data, say), say)
             return _run_job(run, share, command, stop, say)
 
 
@@ -144,10 +156,10 @@ def _run_job(run: Run, share: Share, command: list[str], stop: Signals, say: Say
     recorder = _start_recorder(run)
 
     def flush() -> None:
-        ray.get(recorder.append.remote([], durable=True), timeout=60)
+        ray.get(recorder.append.remote("driver", 0, [], durable=True), timeout=60)
 
     def event(name: str, details: Row) -> None:
-        recorder.append.remote([("events", {"time": time.time(), "event": name, **details})])
+        send_event(recorder, {"time": time.time(), "event": name, **details})
 
     tracker = start_tracker(run, flush, event)
     status, summary = "FAILED", None
@@ -156,7 +168,7 @@ def _run_job(run: Run, share: Share, command: list[str], stop: Signals, say: Say
         start_step = _start_step(run)
         say(start_block(run, share, start_step, tracker.uri, command))
         if start_step < run.total_steps:
-            result = fit_run(run, share, recorder, tracker, stop, start_step, say)
+            result = fit_run(run, share, recorder, tracker, stop, start_step)
             _raise_failure(result, run)
             assert result.outcome is not None
             if result.outcome.reason == "stopped":
@@ -170,7 +182,7 @@ def _run_job(run: Run, share: Share, command: list[str], stop: Signals, say: Say
         say("\n" + summary_table(summary, run))
         status = "FINISHED"
         return Ended(summary)
-    except ClipRayError as error:
+    except Exception as error:
         commits = Checkpoints(run.store).commits()
         last = f"last commit: {commits[-1].name}" if commits else "nothing is committed yet"
         error.add_note(f"{last}; to resume: {' '.join(command)}")
@@ -212,7 +224,8 @@ def _raise_failure(result: Result, run: Run) -> None:
         raise DataError(
             f"{progress.bad} of {seen} samples are undecodable, more than data.max_bad_fraction "
             f"{run.config.data.max_bad_fraction:g} allows: {summarise(bad)}; all of them are in "
-            f"{run.store.uri}/quarantine.jsonl. Mend the data, or raise the limit"
+            f"{run.store.uri}/quarantine.jsonl. Raise the limit, or mend the data and train under "
+            "another run.name"
         )
     if result.outcome.reason == "nonfinite":
         last = progress.step

@@ -7,6 +7,7 @@ else is raised here and makes Ray Train start the group again.
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -25,14 +26,14 @@ from clip_ray import model as models
 from clip_ray.config import Config
 from clip_ray.config.load import dump_config
 from clip_ray.data.blocks import Layout
-from clip_ray.errors import CheckpointError, ClipRayError
+from clip_ray.errors import CheckpointError, TrainingError
 from clip_ray.optim import build_optimizer
 from clip_ray.runtime.cluster import Share
 from clip_ray.runtime.data import BatchStream
 from clip_ray.runtime.recorder import Reporter
-from clip_ray.storage import open_store
+from clip_ray.storage import Store, open_store
 from clip_ray.train.checkpoint import Checkpoints, Commit
-from clip_ray.train.journal import Row
+from clip_ray.train.journal import Row, read_journal
 from clip_ray.train.loop import Outcome, train
 from clip_ray.train.state import Progress, broadcast, restore, snapshot
 
@@ -94,7 +95,6 @@ def run_worker(settings: dict[str, Job]) -> Result:
     if device is not None:
         device = ray.train.torch.get_device()
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
     device = device or torch.device("cpu")
     reporter = Reporter(job.recorder)
     last_rollback: int | None = None
@@ -106,7 +106,8 @@ def run_worker(settings: dict[str, Job]) -> Result:
         if outcome.reason != "nonfinite":
             return Result(outcome=outcome)
         step = outcome.progress.step
-        if last_rollback == step:
+        # "Again" is a little later where a commit amid these steps was rolled back to.
+        if last_rollback is not None and step <= last_rollback + job.config.train.max_nonfinite:
             return Result(outcome=outcome)
         # Once: a hardware fault does not come back, bad data or a bad learning rate does.
         last_rollback = step
@@ -133,7 +134,7 @@ def _begin(
     if rank == 0:
         try:
             decision = [_decide(job, model, optimizer, reporter)]
-        except ClipRayError as error:
+        except (CheckpointError, TrainingError) as error:
             failed = _Start(0, Progress(0, ""), None, (type(error).__name__, str(error)))
             decision = [failed]
     world_size = ray.train.get_context().get_world_size()
@@ -153,6 +154,7 @@ def _decide(
     run = open_store(job.run_uri, job.config.run.s3)
     checkpoints = Checkpoints(run)
     number = checkpoints.begin_attempt({"driver": job.driver})
+    _refuse_fruitless(job, run, checkpoints)
     events: list[Row] = []
 
     def rejected(commit: Commit, why: str) -> None:
@@ -191,6 +193,27 @@ def _decide(
     stamped = [{"time": time.time(), "attempt": number, **event} for event in events]
     reporter.add("events", stamped)
     return _Start(number, progress, commit)
+
+
+def _refuse_fruitless(job: Job, run: Store, checkpoints: Checkpoints) -> None:
+    """End a job whose attempts fail one after the other, without a commit in between."""
+    newest = max((commit.attempt for commit in checkpoints.commits()), default=0)
+    folder = run.child("attempts")
+    mine = [
+        int(name.split(".")[0])
+        for name in folder.files()
+        if json.loads(folder.read(name))["driver"] == job.driver
+    ]
+    # This attempt has only begun.
+    fruitless = sum(attempt > newest for attempt in mine) - 1
+    if fruitless >= job.config.cluster.max_fruitless_attempts:
+        failed = [e for e in read_journal(run, "events") if e["event"] == "attempt_failed"]
+        causes = failed[-1]["causes"] if failed else {}
+        said = "; ".join(f"rank {rank}: {cause}" for rank, cause in causes.items())
+        raise TrainingError(
+            f"{fruitless} attempts in a row ended without a new commit; the last: "
+            f"{said or 'a worker process died'} (all in {job.run_uri}/events.jsonl)"
+        )
 
 
 class _Attempt:
@@ -256,7 +279,7 @@ class _Attempt:
             )
         finally:
             stream.close()
-        self._join_writer()
+        self._join_writer(COMMIT_TIMEOUT_S)
         self._reporter.drain(JOURNAL_TIMEOUT_S)
         return outcome
 
@@ -277,13 +300,15 @@ class _Attempt:
 
     def wants_stop(self) -> bool:
         """See `train.loop.Hooks`."""
+        self._reporter.advance()
         return self._reporter.stop_requested
 
     def commit(self, progress: Progress) -> None:
         """See `train.loop.Hooks`: rank 0 takes a snapshot, a thread writes it."""
         if self._rank != 0:
             return
-        self._join_writer()
+        # The other ranks may already wait in the next step's collective.
+        self._join_writer(0.8 * self._job.config.cluster.collective_timeout_s)
         begun = time.perf_counter()
         files: dict[str, Any] = {
             **snapshot(self._bare, self._optimizer),
@@ -306,11 +331,15 @@ class _Attempt:
                 # No row of a step that a commit covers may be lost with the recorder.
                 before_commit=lambda: self._reporter.drain(JOURNAL_TIMEOUT_S),
             )
-            config = self._job.config.checkpoint
-            self._checkpoints.prune(config.keep_last, config.keep_every)
         except BaseException as error:
             self._writer_error = error
             return
+        config = self._job.config.checkpoint
+        try:
+            self._checkpoints.prune(config.keep_last, config.keep_every)
+        except Exception as error:
+            # The commit stands; old ones are tried again after the next.
+            self.event("prune_failed", step=commit.step, why=str(error))
         self.event(
             "commit",
             step=commit.step,
@@ -321,12 +350,15 @@ class _Attempt:
             write_s=round(time.perf_counter() - begun, 3),
         )
 
-    def _join_writer(self) -> None:
+    def _join_writer(self, timeout_s: float) -> None:
         """Wait for the commit in the making; raise what went wrong with it."""
         if self._writer is not None:
-            self._writer.join(timeout=COMMIT_TIMEOUT_S)
+            self._writer.join(timeout=timeout_s)
             if self._writer.is_alive():
-                raise TimeoutError(f"a commit is not written after {COMMIT_TIMEOUT_S:g} s")
+                raise TimeoutError(
+                    f"a commit is not written after {timeout_s:g} s; raise "
+                    "checkpoint.every_steps or cluster.collective_timeout_s"
+                )
             self._writer = None
         if self._writer_error is not None:
             error, self._writer_error = self._writer_error, None
@@ -349,14 +381,3 @@ class _Attempt:
 
     def _export_trace(self, path: Path) -> None:
         self._profiler.export_chrome_trace(str(path))
-
-
-def with_vocabulary(config: Config, vocab_size: int) -> Config:
-    """Return the config with the model's vocabulary size set to the tokenizer's."""
-    text = replace_section(config.model.text, vocab_size=vocab_size)
-    return replace_section(config, model=replace_section(config.model, text=text))
-
-
-def replace_section(section: Any, **changes: Any) -> Any:
-    """Return a copy of a config section with fields changed."""
-    return section.model_copy(update=changes)

@@ -36,9 +36,15 @@ class Journal:
         """Add rows; they are durable after `flush`."""
         self._pending += [json.dumps(row, separators=(",", ":")) + "\n" for row in rows]
         if self._path is not None and self._pending:
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.writelines(self._pending)
-            self._pending = []
+            lines, self._pending = "".join(self._pending).encode(), []
+            before = self._path.stat().st_size if self._path.exists() else 0
+            try:
+                with open(self._path, "ab") as file:
+                    file.write(lines)
+            except OSError:
+                # A full disk may have taken half a line: what follows must not be joined to it.
+                os.truncate(self._path, before)
+                raise
 
     def flush(self) -> None:
         """Make all appended rows durable."""
@@ -48,7 +54,8 @@ class Journal:
                     os.fsync(file.fileno())
         elif self._pending:
             name = f"{self._name}.parts/{self._next_part:08d}.jsonl"
-            self._run.write(name, "".join(self._pending).encode())
+            # Exclusively: a recorder that was thought dead must not write over its successor.
+            self._run.create(name, "".join(self._pending).encode())
             self._next_part += 1
             self._pending = []
 

@@ -124,8 +124,8 @@ def _renew(
 ) -> None:
     since = time.time()
     while not ended.wait(RENEW_S):
-        # Storage may be down for a while; the next renewal may succeed.
-        with contextlib.suppress(OSError):
+        # Storage may be down for a while, in whatever words; the next renewal may succeed.
+        with contextlib.suppress(Exception):
             if _newest(run) > number:
                 lost.set()
                 return

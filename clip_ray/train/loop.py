@@ -89,6 +89,8 @@ class Clock:
     def seconds(self) -> dict[str, float]:
         """Return the seconds of each phase of the step; on CUDA the device must have done it."""
         total = dict.fromkeys(PHASES, 0.0)
+        if self.device.type == "cuda":
+            self._marks[-1][1].synchronize()
         for (_, before), (phase, now) in zip(self._marks, self._marks[1:], strict=False):
             is_event = self.device.type == "cuda"
             total[phase] += before.elapsed_time(now) / 1000 if is_event else now - before

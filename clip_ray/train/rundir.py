@@ -5,8 +5,8 @@ The directory is the run: the same name and run-defining config resume it, whate
 
 from __future__ import annotations
 
+import hashlib
 import json
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from clip_ray.data.captions import training_captions
 from clip_ray.data.manifest import Manifest
 from clip_ray.data.plan import Plan, default_sizes
 from clip_ray.errors import CheckpointError
-from clip_ray.storage import Store, open_store
+from clip_ray.storage import Store, open_store, split_uri
 from clip_ray.tokenizer import Tokenizer
 from clip_ray.train.journal import Row
 
@@ -37,6 +37,8 @@ NOT_DEFINING = (
     "run.extend",
     "run.s3.",
     "data.s3.",
+    "data.max_bad_fraction",
+    "train.max_nonfinite",
     "train.micro_batch",
     "train.device",
     "train.compile",
@@ -44,8 +46,6 @@ NOT_DEFINING = (
 )
 """Settings that may change between two starts of one run: none of them moves a sample or, but for
 rounding, a weight."""
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,14 @@ def defining(config: Config) -> dict[str, Any]:
 def claim(store: Store, config: Config) -> bool:
     """Make the directory this config's; return whether there was a run in it.
 
+    A directory in which no attempt has begun holds nothing to keep: it is begun anew.
+
     Raises:
         CheckpointError: it holds a run whose defining settings differ; the message lists them.
     """
-    existed = store.exists("config.yaml")
+    existed = bool(store.child("attempts").files())
+    if not existed:
+        store.delete("tokenizer.json")
     if existed:
         old = read_config(store)
         before, after = defining(old), defining(config)
@@ -140,10 +144,11 @@ def prepare(
         build_manifest: called where the run has no manifest yet.
         say: told what is being done, for the terminal.
     """
-    manifest = read_manifest(store)
-    if manifest is None or not _indexes(manifest, config):
+    begun = bool(store.child("attempts").files())
+    manifest = read_manifest(store) if begun or _is_indexed(store, config) else None
+    if manifest is None:
         manifest = build_manifest()
-        store.write("manifest.parquet", manifest.to_bytes())
+        write_manifest(store, manifest, config)
     if store.exists("tokenizer.json"):
         tokenizer = Tokenizer.load(store.read("tokenizer.json"))
     else:
@@ -169,10 +174,36 @@ def read_manifest(store: Store) -> Manifest | None:
     return Manifest.from_bytes(store.read("manifest.parquet"))
 
 
-def _indexes(manifest: Manifest, config: Config) -> bool:
-    """Tell whether the manifest is of these sources; jobs/index.py may have left another."""
-    paths = tuple(source.path for source in config.data.sources)
-    return manifest.sources == paths and manifest.options["holdout"] == config.data.holdout
+def write_manifest(store: Store, manifest: Manifest, config: Config) -> None:
+    """Write a run's manifest, and beside it the settings that it was built with."""
+    store.write("manifest.parquet", manifest.to_bytes())
+    store.write("manifest.json", _index_settings(config))
+
+
+def _index_settings(config: Config) -> bytes:
+    """Return the settings that decide which samples there are, and the lists of keys."""
+    data = config.data
+    lists = [data.exclude, *(source.select for source in data.sources)]
+    content = {
+        "sources": [source.model_dump(exclude={"weight"}) for source in data.sources],
+        "holdout": data.holdout,
+        "salvage": data.salvage,
+        "lists": [
+            hashlib.sha256(open_store(folder, data.s3).read(name)).hexdigest()
+            for folder, name in (split_uri(path) for path in lists if path)
+        ],
+    }
+    return json.dumps(content, indent=1).encode()
+
+
+def _is_indexed(store: Store, config: Config) -> bool:
+    """Tell whether jobs/index.py has left the manifest of exactly these settings."""
+    if not store.exists("manifest.json") or not store.exists("manifest.parquet"):
+        return False
+    try:
+        return store.read("manifest.json") == _index_settings(config)
+    except OSError:
+        return False  # a list is missing: building the manifest says which
 
 
 def build_plan(manifest: Manifest, config: Config) -> Plan:

@@ -17,6 +17,7 @@ from clip_ray.data.manifest import Manifest
 from clip_ray.data.plan import Plan, samples_digest
 from clip_ray.errors import CheckpointError
 from clip_ray.storage import Store
+from clip_ray.train.checkpoint import Checkpoints
 from clip_ray.train.journal import lineage, read_journal
 from clip_ray.train.rundir import build_plan, read_config, read_manifest
 
@@ -33,6 +34,7 @@ class Proof:
         wrong: steps whose samples are not the plan's.
         passes: complete passes, each with every sample exactly once; None if not counted.
         attempts: attempts that these steps come from.
+        committed: step of the newest commit; the journal must reach it.
     """
 
     steps: int
@@ -40,17 +42,21 @@ class Proof:
     wrong: tuple[int, ...]
     passes: int | None
     attempts: int
+    committed: int
 
     @property
     def holds(self) -> bool:
         """Tell whether the run is what its manifest says."""
-        return self.steps > 0 and self.first_missing is None and not self.wrong
+        whole = self.first_missing is None and self.steps >= self.committed
+        return self.steps > 0 and whole and not self.wrong
 
     def as_text(self) -> str:
         """Return the findings in a few lines."""
         lines = [f"{self.steps} steps, from {self.attempts} attempts"]
         if self.first_missing is not None:
             lines.append(f"WRONG: step {self.first_missing} is not in the journal")
+        if self.steps < self.committed:
+            lines.append(f"WRONG: the journal ends before the commit of step {self.committed}")
         if self.wrong:
             shown = ", ".join(map(str, self.wrong[:10]))
             lines.append(f"WRONG: {len(self.wrong)} steps held other samples: {shown}")
@@ -88,6 +94,7 @@ def verify(run: Store) -> Proof:
         wrong=tuple(wrong),
         passes=counts.complete() if counts is not None and pooled else None,
         attempts=len({row["attempt"] for row in rows}),
+        committed=max((commit.step for commit in Checkpoints(run).commits()), default=0),
     )
 
 

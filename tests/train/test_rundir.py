@@ -13,6 +13,7 @@ from clip_ray.config.load import field_paths
 from clip_ray.data.manifest import Manifest, build_manifest
 from clip_ray.errors import CheckpointError, ConfigError
 from clip_ray.storage import LocalStore, Store
+from clip_ray.train.checkpoint import Checkpoints
 from clip_ray.train.rundir import (
     NOT_DEFINING,
     build_plan,
@@ -49,9 +50,24 @@ def test_a_run_lives_under_its_storage_and_name(tmp_path: Path) -> None:
     assert run_store(config({"run.storage": "s3://b/x/"})).uri == "s3://b/x/clip"
 
 
-def test_the_first_claim_makes_it_and_the_second_finds_it(store: Store) -> None:
-    assert claim(store, config()) is False
+def begin(store: Store, chosen: Config) -> None:
+    """Claim the directory for a run and begin its first attempt."""
+    assert claim(store, chosen) is False
+    Checkpoints(store).begin_attempt({"driver": "test"})
+
+
+def test_a_run_that_has_begun_is_found_again(store: Store) -> None:
+    begin(store, config())
     assert claim(store, config()) is True
+
+
+def test_a_run_that_never_began_may_be_called_anything(store: Store) -> None:
+    """A mistyped path must not use up the name."""
+    assert claim(store, config({"data.sources": [{"path": "typo.tar"}]})) is False
+    store.write("tokenizer.json", b"of the wrong captions")
+    assert claim(store, config({"data.sources": [{"path": "right.tar"}]})) is False
+    assert b"right.tar" in store.read("config.yaml")
+    assert not store.exists("tokenizer.json")
 
 
 DIFFERENCES: list[dict[str, tuple[Any, Any]]] = [
@@ -71,7 +87,7 @@ DIFFERENCES: list[dict[str, tuple[Any, Any]]] = [
 def test_other_settings_are_refused_with_the_difference(
     store: Store, difference: dict[str, tuple[Any, Any]]
 ) -> None:
-    claim(store, config())
+    begin(store, config())
     before = store.read("config.yaml")
     with pytest.raises(CheckpointError) as caught:
         claim(store, config({path: new for path, (_, new) in difference.items()}))
@@ -84,7 +100,7 @@ def test_other_settings_are_refused_with_the_difference(
 
 
 def test_other_sources_are_refused(store: Store) -> None:
-    claim(store, config({"data.sources": [{"path": "a.tar"}]}))
+    begin(store, config({"data.sources": [{"path": "a.tar"}]}))
     with pytest.raises(CheckpointError, match=r"data.sources.0.path: was .*a\.tar.*, now .*b\.tar"):
         claim(store, config({"data.sources": [{"path": "b.tar"}]}))
 
@@ -109,7 +125,7 @@ ALLOWED: dict[str, Any] = {
 
 @pytest.mark.parametrize("path", ALLOWED)
 def test_what_may_change_is_taken_and_recorded(store: Store, path: str) -> None:
-    claim(store, config())
+    begin(store, config())
     changed = config({path: ALLOWED[path]})
     assert changed != config()
     assert claim(store, changed) is True
@@ -129,7 +145,7 @@ def test_every_setting_is_defining_unless_it_is_listed() -> None:
 
 
 def test_a_config_of_another_version_is_refused_in_words(store: Store) -> None:
-    claim(store, config())
+    begin(store, config())
     store.write("config.yaml", store.read("config.yaml") + b"newsection: {a: 1}\n")
     with pytest.raises(CheckpointError, match="(?s)cannot be read by this version.*--run.name"):
         claim(store, config())
