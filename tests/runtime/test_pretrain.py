@@ -127,7 +127,8 @@ def test_a_killed_worker_costs_nothing_but_time(jobs, undisturbed):
     attempts = [e for e in jobs.rows("killed", "events") if e["event"] == "attempt"]
     assert len(attempts) == 2 and attempts[0]["pid"] != attempts[1]["pid"]
     assert attempts[1]["from_step"] >= 24
-    assert jobs.summary("killed")["recomputed_steps"] == len(jobs.rows("killed")) - 60
+    recomputed = jobs.summary("killed")["recomputed_steps"]
+    assert recomputed == len(jobs.rows("killed")) - 60 and recomputed > 0
 
 
 def _belongs_to(process: psutil.Process, temp: str) -> bool:
@@ -224,6 +225,16 @@ def test_too_many_bad_images_stop_the_run(jobs, tmp_path):
     assert "samples are undecodable, more than data.max_bad_fraction 0.05 allows" in output
     assert "truncated" in output and "quarantine.jsonl" in output
     assert jobs.rows("bad")[-1]["step"] < 100
+
+
+def test_attempts_that_get_nowhere_end(jobs):
+    """A commit that cannot be written fails every attempt: a file stands in its way."""
+    jobs.run_dir("stuck").mkdir(parents=True)
+    (jobs.run_dir("stuck") / "checkpoints").write_text("in the way")
+    flags = ("--checkpoint.every_steps", "4", "--cluster.max_fruitless_attempts", "1")
+    output = jobs.run("stuck", *flags, code=2)
+    assert "1 attempts in a row ended without a new commit; the last: rank" in output
+    assert "nothing is committed yet; to resume:" in output
 
 
 @pytest.mark.parametrize(

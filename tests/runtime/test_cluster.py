@@ -1,0 +1,115 @@
+"""How resources are shared out and paths are found; no Ray is started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from clip_ray.config import ClusterConfig, Config, TrainConfig
+from clip_ray.errors import ClusterError
+from clip_ray.runtime import cluster
+from clip_ray.runtime.cluster import absolute, fit_to_gpus, local_share, share_of
+from clip_ray.runtime.data import segments
+from clip_ray.runtime.train import resolve
+
+
+def share(cpus: float, gpus: float = 0, wants_gpu: bool = False, **settings):
+    return share_of({"CPU": cpus, "GPU": gpus}, [{}], ClusterConfig(**settings), wants_gpu)
+
+
+def test_workers_take_a_cpu_each_and_data_the_rest():
+    found, _ = share(96, num_workers=8)
+    assert (found.worker_cpus, found.data_cpus) == (1, 88)
+    assert share(96, num_workers=8, data_cpus=10)[0].data_cpus == 10
+
+
+def test_on_a_small_machine_workers_take_less_than_a_cpu():
+    found, _ = share(2, num_workers=2)
+    assert (found.worker_cpus, found.data_cpus) == (0.5, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(cpus=2, num_workers=5), "asked: 5 workers x 0.25 CPU, and 1 CPU for data; 2 CPUs"),
+        (dict(cpus=4, num_workers=4, cpus_per_worker=1), "asked: 4 workers x 1 CPU"),
+        (dict(cpus=9, gpus=1, num_workers=2, wants_gpu=True), "1 GPUs are free, on 1 nodes"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_numbers(settings, words):
+    found, problem = share(**settings)
+    assert found is None
+    assert words in problem and "lower cluster.num_workers" in problem
+
+
+def test_a_local_ray_is_told_what_it_needs():
+    found = local_share(ClusterConfig(num_workers=3), wants_gpu=False)
+    assert found.worker_cpus == 1 and found.data_cpus >= 1 and found.threads >= 1
+
+
+@pytest.fixture
+def config() -> Config:
+    return Config(train=TrainConfig(steps=1), cluster=ClusterConfig(num_workers=2))
+
+
+@pytest.mark.parametrize(("gpus", "workers", "takes"), [(0, 2, False), (1, 1, True), (4, 2, True)])
+def test_gpus_are_used_where_they_are(monkeypatch, config, gpus, workers, takes):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster, "_gpu_count", lambda _: gpus)
+    said: list[str] = []
+    fitted, takes_gpu = fit_to_gpus(config, said.append)
+    assert (fitted.cluster.num_workers, takes_gpu) == (workers, takes)
+    assert bool(said) == (workers != 2)
+
+
+def test_gpus_that_are_not_there_are_refused(monkeypatch, config):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster, "_gpu_count", lambda _: 1)
+    train = config.train.model_copy(update={"device": "cuda"})
+    with pytest.raises(ClusterError, match="2 workers take a GPU each, torch sees 1"):
+        fit_to_gpus(config.model_copy(update={"train": train}), print)
+
+
+def test_relative_paths_never_resolve_in_rays_package_directory(monkeypatch, tmp_path):
+    package = tmp_path / "session" / "working_dir_files" / "_ray_pkg_1"
+    package.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(package)
+    assert absolute("runs") == str(tmp_path / "home" / "runs")
+    assert absolute("/data/a.tar") == "/data/a.tar" and absolute("s3://b/x") == "s3://b/x"
+    monkeypatch.chdir(tmp_path)
+    assert absolute("runs") == str(tmp_path / "runs")
+
+
+def test_every_path_of_a_config_is_made_absolute(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = Config.model_validate(
+        {
+            "train": {"steps": 1},
+            "data": {"sources": [{"path": "a/*.tar", "select": "keys"}], "exclude": "gone"},
+            "tokenizer": {"vocab": "t.json"},
+            "eval": {"datasets": ["bundled:starter", "e"]},
+            "tracking": {"uri": "sqlite:///m.db"},
+        }
+    )
+    found = resolve(config)
+    here = str(tmp_path)
+    assert found.run.storage == f"{here}/runs"
+    assert found.data.sources[0].path == f"{here}/a/*.tar"
+    assert found.data.sources[0].select == f"{here}/keys" and found.data.exclude == f"{here}/gone"
+    assert found.tokenizer.vocab == f"{here}/t.json"
+    assert found.eval.datasets == (f"{here}/runs/bundled/starter", f"{here}/e")
+    assert found.tracking.uri == f"sqlite:///{here}/m.db"
+    assert (Path(found.eval.datasets[0]) / "classnames.txt").exists()
+    assert resolve(found) == found
+
+
+def test_streams_are_cut_at_whole_windows(monkeypatch):
+    from clip_ray.data.blocks import Layout
+    from clip_ray.runtime import data
+
+    layout = Layout(world_size=2, rows=8, window=4, chunks=3)  # 6 blocks a window
+    monkeypatch.setattr(data, "SEGMENT_BLOCKS", 13)  # room for two windows
+    assert segments(layout, 5, 22) == [range(6, 18), range(18, 30), range(30, 36)]
+    assert segments(layout, 0, 4) == [range(0, 6)]
