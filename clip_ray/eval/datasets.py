@@ -4,26 +4,25 @@
     zeroshot_classification_templates.txt     one prompt template a line, with {c}
     test/nshards.txt, test/0.tar, ...         or flat: nshards-test.txt, test-0000.tar, ...
 
-A sample of a shard is an image (jpg, jpeg, png, webp), a class number (cls), captions (txt, one a
-line), or both. The two lists are needed for classification only.
+A sample of a shard is an image (jpg, jpeg, png, webp, gif) with a class number (cls), captions
+(txt, one a line), or both. The two lists are needed for classification only.
 """
 
 from __future__ import annotations
 
 import re
-import tarfile
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from clip_ray.config import S3Options
+from clip_ray.data.samples import IMAGE_SUFFIXES, Suffixes
+from clip_ray.data.tar import CutError, DamageError, Window, groups, members
 from clip_ray.errors import DataError
-from clip_ray.storage import LocalStore, Store, open_store
+from clip_ray.storage import Store, open_store
 
 CLASSNAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
-_IMAGES = frozenset({"jpg", "jpeg", "png", "webp"})
+_SUFFIXES = Suffixes(image=IMAGE_SUFFIXES, caption=("txt", "cls"), json_keys=())
 _FLAT = re.compile(r"test-(\d+)\.tar")
 
 
@@ -134,45 +133,22 @@ def _shards(store: Store) -> tuple[str, ...]:
 def _read_shard(store: Store, shard: str, names: tuple[str, ...] | None) -> Iterator[Sample]:
     where = f"{store.uri}/{shard}"
     try:
-        if isinstance(store, LocalStore):
-            yield from _read_tar(store.root / shard, where, names)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            local = Path(folder) / "shard.tar"
-            store.download(shard, local)
-            yield from _read_tar(local, where, names)
+        size = store.info(shard).size
+        data = Window.over(store, shard, size)
+        for group in groups(members(data, 0, size, complete=True), _SUFFIXES, None):
+            parts = {s: data.get(at, at + length) for s, (at, length) in group.parts.items()}
+            yield from _sample(group.key, parts, where, names)
     except FileNotFoundError as error:
         raise DataError(f"{where}: does not exist; copy the data set again") from error
-    except tarfile.TarError as error:
+    except (CutError, DamageError) as error:
         raise DataError(f"{where}: truncated or no tar ({error}); copy it again") from error
-
-
-def _read_tar(path: Path, where: str, names: tuple[str, ...] | None) -> Iterator[Sample]:
-    key, parts = "", dict[str, bytes]()
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            if not member.isfile():
-                continue
-            folder, slash, file = member.name.rpartition("/")
-            stem, _, suffix = file.partition(".")
-            if not stem or not suffix:
-                continue
-            if folder + slash + stem != key:
-                if parts:
-                    yield from _sample(key, parts, where, names)
-                key, parts = folder + slash + stem, {}
-            content = tar.extractfile(member)
-            assert content is not None
-            parts[suffix.lower()] = content.read()
-    if parts:
-        yield from _sample(key, parts, where, names)
 
 
 def _sample(
     key: str, parts: dict[str, bytes], where: str, names: tuple[str, ...] | None
 ) -> Iterator[Sample]:
     """Make a sample of a shard's files; files without an image are no sample."""
-    image = next((parts[s] for s in parts if s in _IMAGES), None)
+    image = next((parts[s] for s in _SUFFIXES.image if s in parts), None)
     if image is None:
         return
     label = None
