@@ -23,12 +23,18 @@ def main(argv: list[str]) -> int:
         )
         from clip_ray.runtime.train import pretrain
 
-        ended = pretrain(config, ["python", "jobs/pretrain.py", *map(shlex.quote, argv)])
+        ended = pretrain(config, [_python(), "jobs/pretrain.py", *map(shlex.quote, argv)])
     except ClipRayError as error:
         print(f"error: {error}", *getattr(error, "__notes__", []), sep="\n", file=sys.stderr)
         return 2
     # 128 + N is how a shell reports a process that signal N ended.
     return 0 if ended.signal is None else 128 + ended.signal
+
+
+def _python() -> str:
+    """Return how the user can call this interpreter: its path below the current directory."""
+    python = Path(sys.executable)
+    return str(python.relative_to(Path.cwd())) if python.is_relative_to(Path.cwd()) else "python"
 
 
 if __name__ == "__main__":

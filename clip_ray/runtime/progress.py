@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import statistics
 import time
 from collections import deque
 from pathlib import Path
@@ -171,7 +172,8 @@ class ProgressLine:
     def _text(self, lag: Lag) -> str:
         last, total = self._recent[-1], self._run.total_steps
         rows = list(self._recent)[-20:]
-        seconds = sum(row["step_s"] for row in rows) / len(rows)
+        # The median: the first step of an attempt waits for Ray Data to start.
+        seconds = statistics.median(row["step_s"] for row in rows)
         wait = sum(row["data_wait"] for row in rows) / max(sum(r["step_s"] for r in rows), 1e-9)
         rate = self._run.config.train.global_batch / seconds
         enough = last["step"] - self._first_step >= ETA_STEPS
