@@ -237,7 +237,8 @@ class S3Store:
                     config_kwargs={
                         "connect_timeout": 10,
                         "read_timeout": 60,
-                        "retries": {"max_attempts": 8, "mode": "standard"},
+                        # About half a minute of backoff: longer outages end the attempt.
+                        "retries": {"max_attempts": 6, "mode": "standard"},
                     },
                     # Other processes write here too: a cached listing would hide their files.
                     use_listings_cache=False,
