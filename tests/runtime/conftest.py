@@ -52,7 +52,7 @@ def head(tmp_path_factory: pytest.TempPathFactory, s3: S3Options) -> Iterator[He
             finally:
                 os.killpg(process.pid, signal.SIGTERM)
                 try:
-                    process.wait(20)
+                    process.wait(5)
                 except subprocess.TimeoutExpired:
                     os.killpg(process.pid, signal.SIGKILL)
 
