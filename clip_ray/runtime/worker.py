@@ -33,7 +33,7 @@ from clip_ray.runtime.data import BatchStream
 from clip_ray.runtime.recorder import Reporter
 from clip_ray.storage import Store, open_store
 from clip_ray.train.checkpoint import Checkpoints, Commit
-from clip_ray.train.journal import Row, read_journal
+from clip_ray.train.journal import Row, last_row, read_journal
 from clip_ray.train.loop import Outcome, train
 from clip_ray.train.state import Progress, broadcast, restore, snapshot
 
@@ -181,10 +181,12 @@ def _decide(
         job.config.checkpoint.keep_last, job.config.checkpoint.keep_every, pinned=commit
     )
     context = ray.train.get_context()
+    reached = last_row(run, "metrics")
     events.append(
         {
             "event": "attempt",
             "from_step": progress.step,
+            "recomputes": max(reached["step"] - progress.step, 0) if reached else 0,
             "commit": commit.name if commit else None,
             "world_size": context.get_world_size(),
             "pid": os.getpid(),

@@ -16,6 +16,7 @@ from typing import Any
 from clip_ray.storage import LocalStore, Store
 
 Row = dict[str, Any]
+_TAIL_BYTES = 64 << 10  # many times a row's length
 
 
 class Journal:
@@ -79,6 +80,21 @@ def read_journal(run: Store, name: str) -> Iterator[Row]:
         for line in piece.splitlines(keepends=True):
             if line.endswith(b"\n"):
                 yield json.loads(line)
+
+
+def last_row(run: Store, name: str) -> Row | None:
+    """Return a journal's last whole row, without reading the rest; None where there is none."""
+    if isinstance(run, LocalStore):
+        if not run.exists(f"{name}.jsonl"):
+            return None
+        size = run.info(f"{name}.jsonl").size
+        tail = run.read(f"{name}.jsonl", max(size - _TAIL_BYTES, 0), size)
+    else:
+        parts = run.child(f"{name}.parts").files()
+        tail = run.child(f"{name}.parts").read(parts[-1]) if parts else b""
+    lines = [line for line in tail.splitlines(keepends=True) if line.endswith(b"\n")]
+    row: Row | None = json.loads(lines[-1]) if lines else None
+    return row
 
 
 def lineage(rows: Iterable[Row]) -> list[Row]:

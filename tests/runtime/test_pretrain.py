@@ -128,6 +128,7 @@ def test_a_killed_worker_costs_nothing_but_time(jobs, undisturbed):
     assert attempts[1]["from_step"] >= 21
     recomputed = jobs.summary("killed")["recomputed_steps"]
     assert recomputed == len(jobs.rows("killed")) - 60 and recomputed > 0
+    assert attempts[1]["recomputes"] == recomputed
 
 
 def actor(head, title: str) -> psutil.Process:

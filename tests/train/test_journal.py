@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from clip_ray.storage import LocalStore, Store, open_store
-from clip_ray.train.journal import Journal, Row, lineage, read_journal
+from clip_ray.train.journal import Journal, Row, last_row, lineage, read_journal
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -127,3 +127,15 @@ def rows(*steps: tuple[int, int]) -> list[Row]:
 )
 def test_lineage_by_hand(journal: list[tuple[int, int]], places: list[int]) -> None:
     assert [row["place"] for row in lineage(rows(*journal))] == places
+
+
+def test_the_last_row_is_found_without_the_rest(tmp_path: Path) -> None:
+    run = LocalStore(tmp_path)
+    assert last_row(run, "metrics") is None
+    journal = Journal(run, "metrics")
+    journal.append({"step": step, "filler": "x" * 500} for step in range(1, 400))
+    assert run.info("metrics.jsonl").size > 2 * (64 << 10)
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 400, "torn')
+    found = last_row(run, "metrics")
+    assert found is not None and found["step"] == 399

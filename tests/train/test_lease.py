@@ -115,7 +115,16 @@ def test_a_reused_process_number_is_another_process(run: Store) -> None:
     """The holder died, and its number now is that of a process that lives: here, this one."""
     leave(run, process_started="1")
     with held_lease(run):
-        pass
+        assert files(run) == ["00000002.json"]
+
+
+def test_a_holder_learns_that_it_was_taken_over(run: Store, monkeypatch) -> None:
+    """It was paused for so long that another host has the run now."""
+    monkeypatch.setattr("clip_ray.train.lease.RENEW_S", 0.05)
+    with held_lease(run) as lost:
+        assert not lost.wait(0.2)
+        run.write("lease/00000002.json", run.read("lease/00000001.json"))
+        assert lost.wait(10)
 
 
 @pytest.mark.parametrize(("age_s", "alive"), [(EXPIRE_S - 5, True), (EXPIRE_S + 1, False)])
