@@ -28,6 +28,7 @@ from clip_ray.runtime.cluster import (
     check_storage,
     connected,
     fit_to_gpus,
+    is_local,
     ray_temp,
 )
 from clip_ray.runtime.finish import evaluate_model, export_model, summarize
@@ -124,7 +125,7 @@ def pretrain(config: Config, command: list[str], say: Say = print) -> Ended:
             return Ended(done)
         config, gpu = fit_to_gpus(config, say)
         token_dir = Path(store.uri) if isinstance(store, LocalStore) else ray_temp()
-        say("starting Ray" if config.cluster.address is None else "connecting to Ray")
+        say("starting Ray" if is_local(config.cluster) else "connecting to Ray")
         with connected(config, gpu, token_dir) as share:
             # Ray has put its own handler of SIGTERM in place of ours.
             stop.own()
