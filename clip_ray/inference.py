@@ -78,8 +78,11 @@ class Encoder:
     ) -> Encoder:
         """Return the encoder of a directory, run, or registered model (`registry.resolve`).
 
+        A directory may hold a CLIP ViT of open_clip or Hugging Face.
+
         Raises:
-            RegistryError: no such model, or its bytes are not the registered ones.
+            RegistryError: no such model, or its bytes are not the registered ones; or a foreign
+                model that ours cannot reproduce.
         """
         resolved = resolve(uri, tracking_uri)
         model, tokenizer, info = load_export(resolved.store, resolved.digest)
@@ -129,10 +132,27 @@ class Encoder:
     def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return text features: (N, E) float32 of unit length; long texts are truncated."""
         parts = [np.empty((0, self.embed_dim), np.float32)]
+        for start in range(0, len(texts), self.batch):
+            ids, _ = self.tokenizer(list(texts[start : start + self.batch]))
+            parts.append(self.encode_ids(ids))
+        return np.concatenate(parts)
+
+    def encode_ids(self, ids: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Return text features of token ids.
+
+        Args:
+            ids: (N, L), as the tokenizer makes them.
+
+        Returns:
+            (N, E) float32 of unit length.
+        """
+        parts = [np.empty((0, self.embed_dim), np.float32)]
         with torch.inference_mode():
-            for start in range(0, len(texts), self.batch):
-                ids, _ = self.tokenizer(list(texts[start : start + self.batch]))
-                ids_BL = torch.as_tensor(ids).to(self.device)
+            for start in range(0, len(ids), self.batch):
+                chunk = ids[start : start + self.batch]
+                # A causal tower never shows the end token what follows it: padding is not computed.
+                chunk = chunk[:, : int(chunk.argmax(axis=1).max()) + 1]
+                ids_BL = torch.as_tensor(chunk).to(self.device)
                 parts.append(self.model.encode_text(ids_BL).float().cpu().numpy())
         return np.concatenate(parts)
 

@@ -21,12 +21,15 @@ from clip_ray.errors import RegistryError
 from clip_ray.inference import Encoder
 from clip_ray.model import build
 from clip_ray.registry import (
+    aliased,
     latest_version,
     load_export,
     model_digest,
+    move_alias,
     promote,
     register,
     resolve,
+    store_model,
     write_export,
 )
 from clip_ray.storage import open_store
@@ -197,6 +200,48 @@ def test_register_resolve_and_promote(export, mlflow_uri, run_id, tokenizer):
 
     encoder = Encoder.load("models:/clip@champion", "cpu", mlflow_uri)
     assert (encoder.version, encoder.digest, encoder.run_id) == ("1", digest, run_id)
+
+
+def test_the_alias_moves_by_itself_and_only_to_what_was_verified(
+    export, mlflow_uri, run_id, tokenizer
+):
+    first = model_digest(export)
+    register(export, "clip", run_id, {}, mlflow_uri)
+    second = write_export(export, build(TINY, seed=1), tokenizer, {})
+    register(export, "clip", run_id, {}, mlflow_uri)
+    assert aliased("clip", tracking_uri=mlflow_uri) is None
+    move_alias("clip", "1", first, mlflow_uri)
+    with pytest.raises(RegistryError, match="registered with digest .*was not moved"):
+        move_alias("clip", "2", first, mlflow_uri)
+    with pytest.raises(RegistryError, match="clip has versions 1, 2"):
+        move_alias("clip", "7", first, mlflow_uri)
+    assert aliased("clip", tracking_uri=mlflow_uri) == ("1", first)
+    done = move_alias("clip", "2", second, mlflow_uri, {"target": "serve"}, by="ci")
+    assert (done.version, done.previous) == ("2", "1")
+    assert aliased("clip", tracking_uri=mlflow_uri) == ("2", second)
+    assert aliased("clip", "previous", mlflow_uri) == ("1", first)
+    tags = mlflow_client(mlflow_uri).get_model_version("clip", "2").tags
+    assert {key: tags[f"promoted.{key}"] for key in ("by", "from", "to", "target")} == {
+        "by": "ci", "from": "1", "to": "2", "target": "serve",
+    }  # fmt: skip
+
+
+def test_a_version_is_stored_for_serving(export, mlflow_uri, run_id, tokenizer, tmp_path):
+    digest = model_digest(export)
+    register(export, "clip", run_id, {}, mlflow_uri)
+    promote("clip", "1", mlflow_uri)
+    models = tmp_path / "models"
+    stored = store_model("models:/clip@champion", models, tracking_uri=mlflow_uri)
+    assert (stored.id, stored.digest, stored.run_id) == ("clip/1", digest, run_id)
+    assert stored.uri == str(models / digest) and model_digest(open_store(stored.uri)) == digest
+    by_run = store_model(f"runs:/{run_id}", models, tracking_uri=mlflow_uri)
+    assert by_run.id == f"run-{run_id[:8]}/{digest[:12]}" and by_run.uri == stored.uri
+    with pytest.raises(RegistryError, match="registered as clip, and cannot be called other"):
+        store_model("models:/clip/1", models, tracking_uri=mlflow_uri, name="other")
+    # The tag counts, not what lies at the artifact's place by now.
+    flip(Path(resolve("models:/clip/1", mlflow_uri).store.uri) / "tokenizer.json")
+    with pytest.raises(RegistryError, match=f"is not the registered {digest}"):
+        store_model("models:/clip/1", models, tracking_uri=mlflow_uri)
 
 
 def test_a_damaged_version_is_not_promoted(export, mlflow_uri, run_id):

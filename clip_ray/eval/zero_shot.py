@@ -12,7 +12,6 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from clip_ray.errors import ConfigError
 from clip_ray.eval.prompts import prompts
 from clip_ray.eval.ranks import TIE, hit_rate
 
@@ -32,9 +31,6 @@ class TextEncoder(Protocol):
 def classifier(encoder: TextEncoder, names: Sequence[str], templates: Sequence[str]) -> Floats:
     """Return the classifier's weights: one unit vector a class, (N, E) float32.
 
-    A class is the mean of its prompts' features, normalised again ("ensembling over the embedding
-    space", Radford et al. 2021, section 3.1.4).
-
     Args:
         encoder: what encodes the prompts.
         names: N class names.
@@ -44,39 +40,24 @@ def classifier(encoder: TextEncoder, names: Sequence[str], templates: Sequence[s
     # A class block at a time: ImageNet with 80 templates is 80,000 sentences.
     for start in range(0, len(names), 64):
         block = names[start : start + 64]
-        features = encoder.encode_texts(prompts(block, templates))
-        rows.append(features.reshape(len(block), len(templates), -1).mean(axis=1))
-    weight_NE = np.concatenate(rows) if rows else np.empty((0, encoder.embed_dim), np.float32)
-    norm_N1 = np.linalg.norm(weight_NE, axis=1, keepdims=True)
-    result: Floats = (weight_NE / np.maximum(norm_N1, 1e-12)).astype(np.float32)
-    return result
+        rows.append(ensemble(encoder.encode_texts(prompts(block, templates)), len(block)))
+    return np.concatenate(rows) if rows else np.empty((0, encoder.embed_dim), np.float32)
 
 
-class ClassifierCache:
-    """Classifiers by (model digest, names, templates); the oldest goes first.
+def ensemble(features: Floats, num_classes: int) -> Floats:
+    """Return one unit vector a class, (N, E) float32.
+
+    A class is the mean of its prompts' features, normalised again ("ensembling over the embedding
+    space", Radford et al. 2021, section 3.1.4).
 
     Args:
-        capacity: classifiers kept.
+        features: (N * T, E), the T prompts of a class together.
+        num_classes: N.
     """
-
-    def __init__(self, capacity: int = 32) -> None:
-        if capacity < 1:
-            raise ConfigError(f"capacity {capacity}: expected at least 1")
-        self._capacity = capacity
-        self._kept: dict[tuple[str, tuple[str, ...], tuple[str, ...]], Floats] = {}
-
-    def get(self, encoder: TextEncoder, names: Sequence[str], templates: Sequence[str]) -> Floats:
-        """Return `classifier(...)`, computed once. A model without a digest is never cached."""
-        if encoder.digest is None:
-            return classifier(encoder, names, templates)
-        key = (encoder.digest, tuple(names), tuple(templates))
-        found = self._kept.get(key)
-        if found is None:
-            found = classifier(encoder, names, templates)
-            while len(self._kept) >= self._capacity:
-                self._kept.pop(next(iter(self._kept)))
-            self._kept[key] = found
-        return found
+    mean_NE = features.reshape(num_classes, -1, features.shape[1]).mean(axis=1)
+    norm_N1 = np.linalg.norm(mean_NE, axis=1, keepdims=True)
+    result: Floats = (mean_NE / np.maximum(norm_N1, 1e-12)).astype(np.float32)
+    return result
 
 
 @dataclass(frozen=True)

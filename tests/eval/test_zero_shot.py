@@ -5,7 +5,7 @@ import pytest
 
 from clip_ray.errors import ConfigError
 from clip_ray.eval.prompts import DEFAULT_TEMPLATES, fill, prompts
-from clip_ray.eval.zero_shot import ClassifierCache, classifier, score
+from clip_ray.eval.zero_shot import classifier, score
 
 
 class Words:
@@ -41,23 +41,6 @@ def test_classifier_is_the_normalised_mean():
         [[half, half], [1.6 / 3.2**0.5, 0.8 / 3.2**0.5]],
         rtol=1e-6,
     )
-
-
-def test_classifier_is_computed_once_per_model_names_and_templates():
-    encoder = Words({"a": (1, 0), "b": (0, 1), "aa": (1, 0)})
-    cache = ClassifierCache(capacity=2)
-    for _ in range(3):
-        cache.get(encoder, ["a"], ["{c}"])
-    assert encoder.count == 1
-    cache.get(encoder, ["b"], ["{c}"])
-    cache.get(encoder, ["a"], ["{c}a"])  # the third goes in, the first goes out
-    assert encoder.count == 3
-    cache.get(encoder, ["a"], ["{c}"])
-    assert encoder.count == 4
-    encoder.digest = None
-    cache.get(encoder, ["a"], ["{c}"])
-    cache.get(encoder, ["a"], ["{c}"])
-    assert encoder.count == 6
 
 
 def test_score_by_hand():

@@ -1,8 +1,6 @@
-"""Model versions: what an export is, how it is named in MLflow, and how it is proved.
+"""Model versions: how an export is named in MLflow, found there, and made the champion.
 
-An export is four files and nothing else, so that its digest means the same everywhere: in the
-run's directory, as a registered version and in a replica's cache. MLflow's own model flavours are
-left out on purpose: they add an MLmodel file and load through pickle.
+Serving does without this module: it is given a `clip_ray.registry.ServedModel`, resolved once.
 """
 
 from __future__ import annotations
@@ -12,56 +10,22 @@ import dataclasses
 import datetime
 import difflib
 import getpass
-import hashlib
-import io
 import json
-import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from clip_ray.config import ModelConfig
+from clip_ray.config import S3Options
 from clip_ray.errors import ClipRayError, RegistryError
+from clip_ray.registry.export import CONFIG, FILES, WEIGHTS, ExportInfo, load_export, model_digest
+from clip_ray.registry.foreign import convert, is_foreign
 from clip_ray.storage import LocalStore, Store, open_store
 from clip_ray.tracking import mask, mlflow_client, patient_timeouts, require_tracking_uri
 
-if TYPE_CHECKING:
-    from clip_ray.model import CLIP
-    from clip_ray.tokenizer import Tokenizer
-
-FORMAT = 1
-WEIGHTS, CONFIG, TOKENIZER, PREPROCESSING = (
-    "model.safetensors",
-    "config.json",
-    "tokenizer.json",
-    "preprocessing.json",
-)
-FILES = (CONFIG, WEIGHTS, PREPROCESSING, TOKENIZER)
 ALIAS, PREVIOUS = "champion", "previous"
-
-_CHUNK = 64 << 20  # bytes of one read: an S3 request each, and not the whole of a large model
-
-
-@dataclass(frozen=True)
-class ExportInfo:
-    """Where a model's weights come from.
-
-    Attributes:
-        digest: the model digest; None for a model that was never exported.
-        name: registered model, where it came from the registry.
-        version: registered version, likewise.
-        run_id: MLflow run that made it.
-        extra: what config.json holds beside format and model (step, manifest_digest, ...).
-    """
-
-    digest: str | None = None
-    name: str | None = None
-    version: str | None = None
-    run_id: str | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,176 +49,34 @@ class ResolvedModel:
     _copy: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False, compare=False)
 
 
-def model_digest(store: Store) -> str:
-    """Return the model digest of the export in `store`: 64 hex digits, from the bytes.
-
-    Raises:
-        RegistryError: the directory holds no export, or files that are not an export's.
-    """
-    _check_files(store)
-    entries = {}
-    for name in FILES:
-        size = store.info(name).size
-        content = hashlib.sha256()
-        for start in range(0, size, _CHUNK):
-            content.update(store.read(name, start, min(start + _CHUNK, size)))
-        entries[name] = (size, content.hexdigest())
-    return _digest(entries)
-
-
-def _digest(entries: dict[str, tuple[int, str]]) -> str:
-    lines = sorted(f"{name}, {size}, {sha256}\n" for name, (size, sha256) in entries.items())
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def _check_files(store: Store) -> None:
-    found = set(store.files())
-    missing, strange = sorted(set(FILES) - found), sorted(found - set(FILES))
-    if missing:
-        raise RegistryError(
-            f"{store.uri}: not an export, {', '.join(missing)} missing; expected {', '.join(FILES)}"
-        )
-    if strange:
-        raise RegistryError(
-            f"{store.uri}: holds {', '.join(strange[:5])}, which is not part of an export; "
-            f"expected exactly {', '.join(FILES)}: move the rest elsewhere"
-        )
-
-
-def write_export(store: Store, model: CLIP, tokenizer: Tokenizer, extra: dict[str, Any]) -> str:
-    """Write a model as an export and return its digest.
-
-    The same model, tokenizer and extra give the same bytes.
-
-    Args:
-        store: the export's own directory; an earlier export there is replaced.
-        model: its weights are written as fp32 under OpenAI's names.
-        tokenizer: written as tokenizer.json.
-        extra: more keys of config.json, such as run_id, step, manifest_digest.
-
-    Raises:
-        RegistryError: the directory holds other files, or `extra` a key that is taken.
-    """
-    import safetensors.torch
-
-    from clip_ray.images import preprocessing
-
-    if taken := sorted({"format", "model"} & extra.keys()):
-        raise RegistryError(f"export extra {', '.join(taken)}: the name is taken by the format")
-    if strange := sorted(set(store.files()) - set(FILES)):
-        raise RegistryError(
-            f"{store.uri}: holds {', '.join(strange[:5])}; an export needs a directory of its own"
-        )
-    weights = {
-        # A compiled module's parameters carry a prefix that no reader of the file should see.
-        name.replace("_orig_mod.", ""): tensor.detach().to("cpu").float().contiguous()
-        for name, tensor in model.state_dict().items()
-    }
-    config = {"format": FORMAT, "model": model.config.model_dump(mode="json"), **extra}
-    files = {
-        WEIGHTS: safetensors.torch.save(weights),
-        CONFIG: _json(config),
-        TOKENIZER: tokenizer.to_bytes(),
-        PREPROCESSING: _json(preprocessing(model.config.vision.image_size)),
-    }
-    for name, data in files.items():
-        store.write(name, data)
-    return _digest({n: (len(d), hashlib.sha256(d).hexdigest()) for n, d in files.items()})
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
-
-
-def load_export(
-    store: Store, expected_digest: str | None = None
-) -> tuple[CLIP, Tokenizer, ExportInfo]:
-    """Load an export; what is loaded is what was hashed.
-
-    Args:
-        store: the export's directory.
-        expected_digest: refuse any other bytes.
-
-    Returns:
-        The model (fp32, CPU, evaluation mode), its tokenizer, and where it comes from.
-
-    Raises:
-        RegistryError: no export, a newer format, other bytes, or weights that do not fit config.
-    """
-    from clip_ray.tokenizer import Tokenizer
-
-    _check_files(store)
-    # Read once: hashing and loading from two reads would let the file change in between.
-    files = {name: store.read(name) for name in FILES}
-    digest = _digest({n: (len(d), hashlib.sha256(d).hexdigest()) for n, d in files.items()})
-    if expected_digest is not None and digest != expected_digest:
-        raise RegistryError(
-            f"{store.uri}: digest {digest} is not the expected {expected_digest}; the files were "
-            "changed or damaged: restore them, or export and register the model again"
-        )
-    try:
-        config = json.loads(files[CONFIG])
-        pixels = json.loads(files[PREPROCESSING])
-    except ValueError as error:
-        raise RegistryError(
-            f"{store.uri}: {CONFIG} or {PREPROCESSING} is not JSON: {error}"
-        ) from error
-    if not isinstance(config.get("format"), int) or config["format"] > FORMAT:
-        raise RegistryError(
-            f"{store.uri}: export format {config.get('format')!r}, this version reads up to "
-            f"{FORMAT}; update clip-ray"
-        )
-    model = _build(store, config, pixels, files[WEIGHTS])
-    extra = {k: v for k, v in config.items() if k not in ("format", "model")}
-    info = ExportInfo(digest=digest, run_id=extra.get("run_id"), extra=extra)
-    return model, Tokenizer.load(files[TOKENIZER]), info
-
-
-def _build(store: Store, config: dict[str, Any], pixels: dict[str, Any], weights: bytes) -> CLIP:
-    import safetensors.torch
-    import torch
-    from pydantic import ValidationError
-
-    from clip_ray.model import CLIP
-
-    try:
-        architecture = ModelConfig.model_validate(config["model"])
-        mean, std = tuple(pixels["mean"]), tuple(pixels["std"])
-        size = pixels["size"]
-    except (KeyError, ValidationError) as error:
-        raise RegistryError(f"{store.uri}: {CONFIG} or {PREPROCESSING}: {error}") from error
-    if size != architecture.vision.image_size:
-        raise RegistryError(
-            f"{store.uri}: {PREPROCESSING} says {size} pixels, the model takes "
-            f"{architecture.vision.image_size}"
-        )
-    with torch.device("meta"):
-        model = CLIP(architecture, mean, std)
-    try:
-        model.load_state_dict(safetensors.torch.load(weights), assign=True)
-    except (RuntimeError, safetensors.SafetensorError) as error:
-        raise RegistryError(f"{store.uri}: {WEIGHTS} does not fit {CONFIG}: {error}") from error
-    return model.eval()
-
-
-def resolve(uri: str | os.PathLike[str], tracking_uri: str | None = None) -> ResolvedModel:
+def resolve(
+    uri: str | os.PathLike[str], tracking_uri: str | None = None, s3: S3Options | None = None
+) -> ResolvedModel:
     """Find the export that a name means; an alias is resolved here, once.
 
+    A model in open_clip's or Hugging Face's layout is converted into a temporary export.
+
     Args:
-        uri: directory or s3:// prefix of an export or of a run, `runs:/<run id>`,
-            `models:/<name>/<version>` or `models:/<name>@<alias>`.
+        uri: directory or s3:// prefix of an export, of a run or of a foreign model,
+            `runs:/<run id>`, `models:/<name>/<version>` or `models:/<name>@<alias>`.
         tracking_uri: MLflow's address for the last three; none = MLFLOW_TRACKING_URI, else
             runs/mlflow.db.
+        s3: access to a prefix on s3://.
 
     Raises:
-        RegistryError: nothing is there; the message lists what there is.
+        RegistryError: nothing is there (the message lists what there is), or a foreign model
+            that this model code cannot reproduce.
     """
     text = os.fspath(uri)
     if text.startswith("models:/"):
         return _resolve_version(text, tracking_uri)
     if text.startswith("runs:/"):
         return _resolve_run(text, tracking_uri)
-    store = open_store(text)
+    store = open_store(text, s3)
+    if is_foreign(store):
+        copy = tempfile.TemporaryDirectory(prefix="clip-ray-model-")
+        converted = LocalStore(Path(copy.name))
+        return ResolvedModel(converted, digest=convert(store, converted), _copy=copy)
     for candidate in (store, store.child("export")):
         if candidate.exists(WEIGHTS):
             return ResolvedModel(candidate)
@@ -265,7 +87,8 @@ def resolve(uri: str | os.PathLike[str], tracking_uri: str | None = None) -> Res
         )
     raise RegistryError(
         f"{store.uri}: no model there (looked for {WEIGHTS} and export/{WEIGHTS}); give a run's "
-        "directory, an export, runs:/<id>, models:/<name>/<version> or models:/<name>@<alias>"
+        "directory, an export, a CLIP of open_clip or Hugging Face, runs:/<id>, "
+        "models:/<name>/<version> or models:/<name>@<alias>"
     )
 
 
@@ -416,7 +239,7 @@ def register(
 
 @dataclass(frozen=True)
 class Promotion:
-    """What `promote` did: `previous` is the version that `ALIAS` named before, or None."""
+    """What `move_alias` did: `previous` is the version that `ALIAS` named before, or None."""
 
     name: str
     version: str
@@ -442,56 +265,91 @@ def latest_version(name: str, tracking_uri: str | None = None) -> str:
 
 
 def promote(name: str, version: str, tracking_uri: str | None = None) -> Promotion:
-    """Verify a model version, try it, then move the alias `champion` to it, last of all.
+    """Verify a model version, then move the alias `champion` to it: both steps, no rollout.
 
-    The version that was champion becomes `previous`. Promoting the champion again changes nothing.
+    Raises:
+        RegistryError: as `verify` and `move_alias`.
+    """
+    resolved = verify(name, version, tracking_uri)
+    assert resolved.digest is not None and resolved.version is not None
+    return move_alias(name, resolved.version, resolved.digest, tracking_uri)
+
+
+def verify(name: str, version: str, tracking_uri: str | None = None) -> ResolvedModel:
+    """Load a model version from its stored bytes and encode one text and one image.
+
+    In this process: `verify_in_process` stands a crash.
 
     Raises:
         RegistryError: no such version, other bytes than registered, or non-finite features.
     """
+    from clip_ray.registry.check import probe
+
+    resolved = resolve(f"models:/{name}/{version}", tracking_uri)
+    model, tokenizer, info = load_export(resolved.store, resolved.digest)
+    probe(model, tokenizer, info, f"models:/{name}/{resolved.version}")
+    return resolved
+
+
+def move_alias(
+    name: str,
+    version: str,
+    digest: str,
+    tracking_uri: str | None = None,
+    tags: Mapping[str, str] | None = None,
+    by: str | None = None,
+) -> Promotion:
+    """Move the alias `champion` to a verified version, last of all.
+
+    The version that was champion becomes `previous`; who, when, from and to are tags of the new
+    one. Moving it to the champion again changes nothing.
+
+    Args:
+        name: registered model.
+        version: its version.
+        digest: of what was verified; the version must still be that.
+        tracking_uri: as in `resolve`.
+        tags: more tags of the version, written as promoted.<key>.
+        by: who moves it; none = this process's user.
+
+    Raises:
+        RegistryError: no such version, or one with another digest.
+    """
     where = require_tracking_uri(tracking_uri)
-    resolved = resolve(f"models:/{name}/{version}", where)
-    assert resolved.digest is not None and resolved.version is not None
-    _try(resolved)
     with _explained(where):
         client = mlflow_client(where)
+        found = _found(lambda: client.get_model_version(name, version))
+        if found is None:
+            what = _what_exists(client, name)
+            raise RegistryError(f"models:/{name}/{version}: not in MLflow at {where}; {what}")
+        if found.tags.get("digest") != digest:
+            raise RegistryError(
+                f"models:/{name}/{version}: registered with digest {found.tags.get('digest')}, "
+                f"verified was {digest}; the alias {ALIAS} was not moved: promote the version again"
+            )
         champion = _found(lambda: client.get_model_version_by_alias(name, ALIAS))
         before = None if champion is None else str(champion.version)
-        if before == resolved.version:
-            return Promotion(name, resolved.version, resolved.digest, before)
+        if before == version:
+            return Promotion(name, version, digest, before)
         if before is not None:
             client.set_registered_model_alias(name, PREVIOUS, before)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        changes = {"by": _user(), "at": now, "from": before or "none", "to": resolved.version}
-        for key, value in changes.items():
-            client.set_model_version_tag(name, resolved.version, f"promoted.{key}", value)
-        client.set_registered_model_alias(name, ALIAS, resolved.version)
-    return Promotion(name, resolved.version, resolved.digest, before)
+        changes = {**(tags or {}), "by": by or _user(), "at": now, "from": before or "none"}
+        for key, value in {**changes, "to": version}.items():
+            client.set_model_version_tag(name, version, f"promoted.{key}", value)
+        client.set_registered_model_alias(name, ALIAS, version)
+    return Promotion(name, version, digest, before)
 
 
-def _try(resolved: ResolvedModel) -> None:
-    """Load the model from its stored bytes and encode one text and one image."""
-    import numpy as np
-    from PIL import Image
-
-    from clip_ray.inference import Encoder
-
-    model, tokenizer, info = load_export(resolved.store, resolved.digest)
-    encoder = Encoder(model, tokenizer, info, device="cpu")
-    picture = io.BytesIO()
-    ramp = np.arange(64 * 64 * 3, dtype=np.uint32).reshape(64, 64, 3) % 251
-    Image.fromarray(ramp.astype(np.uint8)).save(picture, "PNG")
-    features = {
-        "text": encoder.encode_texts(["a photo"]),
-        "image": encoder.encode_images([picture.getvalue()]),
-    }
-    for kind, feature_1E in features.items():
-        norm = float(np.linalg.norm(feature_1E))
-        if not math.isclose(norm, 1.0, abs_tol=1e-3):  # NaN is close to nothing
-            raise RegistryError(
-                f"models:/{resolved.name}/{resolved.version}: {kind} features have norm {norm}, "
-                "expected 1; the weights are not usable, nothing was promoted"
-            )
+def aliased(
+    name: str, alias: str = ALIAS, tracking_uri: str | None = None
+) -> tuple[str, str | None] | None:
+    """Return (version, digest) that an alias names, None where it is not set; fetches no model."""
+    where = require_tracking_uri(tracking_uri)
+    with _explained(where):
+        client = mlflow_client(where)
+        found = _found(lambda: client.get_model_version_by_alias(name, alias))
+    return None if found is None else (str(found.version), found.tags.get("digest"))
 
 
 def _user() -> str:
