@@ -1,0 +1,415 @@
+"""The models of a replica: loading, swapping without a pause, and encoding for the routes.
+
+A request picks a model once and passes it along, so one answer never mixes two versions. A new
+target is loaded beside the old one, warmed up, and swapped in by one assignment; whatever goes
+wrong on the way leaves the old one serving and shows in `status()`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from clip_ray.config.serving import AppSettings
+from clip_ray.errors import ClipRayError
+from clip_ray.eval.prompts import prompts
+from clip_ray.eval.zero_shot import ensemble
+from clip_ray.images import ImageError, measure
+from clip_ray.inference import Encoder
+from clip_ray.registry import ServedModel, Target, load_served
+from serve.admission import Budget
+from serve.caches import MatrixCache, TextCache, prompts_digest
+from serve.errors import ApiError
+from serve.metrics import Metrics
+from serve.work import Workers, token_counts
+
+log = logging.getLogger("clip_ray.serve")
+
+Floats = NDArray[np.float32]
+LOAD_LOCK_S = 300  # wait for another replica of the node that loads; then load anyway
+_LABELS = 64  # labels of a classifier whose prompts are tokenised and encoded together
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A model in memory.
+
+    Attributes:
+        served: which one.
+        encoder: encodes with it.
+        logit_scale: factor on cosine similarities, exponentiated.
+    """
+
+    served: ServedModel
+    encoder: Encoder
+    logit_scale: float
+
+    @property
+    def id(self) -> str:
+        """The model as answers name it, such as clip/7."""
+        return self.served.id
+
+
+Prepare = Callable[[Loaded, frozenset[str]], Awaitable[int]]
+
+
+class Engine:
+    """The models of one replica; use it from one event loop.
+
+    Args:
+        settings: limits, device, caches.
+        cpus: CPUs of the replica.
+        metrics: counted into.
+        cache_dir: directory of the node for downloaded models, shared by its replicas.
+    """
+
+    def __init__(self, settings: AppSettings, cpus: int, metrics: Metrics, cache_dir: Path) -> None:
+        limits = settings.limits
+        self.settings = settings
+        self.metrics = metrics
+        self.replica = "local"
+        self.workers = Workers(cpus, settings.batching, metrics)
+        # Halves: bodies that wait for their pixels must not starve the decoding that frees them.
+        half = int(limits.memory_mb * 1e6 / 2)
+        self.budget = Budget(half, limits.queue_s)
+        self._pixel_budget = Budget(half, limits.request_s)
+        self._cache_dir = cache_dir
+        self._matrices = MatrixCache(settings.classifier_cache)
+        self._texts = TextCache(settings.text_cache)
+        self._current: Loaded | None = None
+        self._previous: Loaded | None = None
+        self._wanted = ""  # digest of the newest target
+        self._error: str | None = None
+        self._task: asyncio.Task[None] | None = None
+        # Set by the app: stored classifiers are computed for a model before it is swapped in.
+        self.prepare: Prepare = _nothing_stored
+
+    async def start(self, user_config: dict[str, Any]) -> None:
+        """Load the first model; returns when it is warm.
+
+        Raises:
+            ClipRayError: the target is no `Target`, or its model cannot be used.
+        """
+        target = _parse(user_config)
+        self._wanted = target.digest
+        await self._switch(target)
+
+    def retarget(self, user_config: dict[str, Any]) -> None:
+        """Go to another model in the background; never raises.
+
+        The digest that is served already changes nothing but the previous model.
+        """
+        if self._task is not None:
+            self._task.cancel()
+        try:
+            target = _parse(user_config)
+        except ClipRayError as error:
+            self._wanted = str(user_config.get("digest") if isinstance(user_config, dict) else "")
+            self._failed(error)
+            return
+        self._wanted, self._error = target.digest, None
+        self._task = asyncio.create_task(self._retarget(target))
+
+    async def _retarget(self, target: Target) -> None:
+        try:
+            await self._switch(target)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # the old weights stay, whatever it was
+            self._failed(error)
+        finally:
+            if self._task is asyncio.current_task():
+                self._task = None
+
+    def _failed(self, error: BaseException) -> None:
+        self._error = f"{type(error).__name__}: {error}"[:2000]
+        log.error("target %s is not served: %s", self._wanted[:12], self._error)
+
+    async def _switch(self, target: Target) -> None:
+        current = self._current
+        if current is None or current.served.digest != target.digest:
+            async with self._turn():
+                current = await self._load(target)
+                await self._prepare_stored(current, target)
+        elif current.id != target.id:
+            current = Loaded(_plain(target), current.encoder, current.logit_scale)
+        previous = await self._find_previous(target)
+        dropped = {self._current, self._previous} - {current, previous, None}
+        self._current, self._previous = current, previous
+        self._error = None
+        kept = {model.encoder for model in self.models()}
+        for model in dropped:
+            if model is not None and model.encoder not in kept:
+                self.workers.forget(model.encoder)
+        log.info("serving %s, digest %s", current.id, current.served.digest)
+        # Another replica may have stored one between the last look and now.
+        await self._prepare_stored(current, target)
+
+    async def _prepare_stored(self, loaded: Loaded, target: Target) -> None:
+        digests = {target.digest, target.previous.digest if target.previous else ""}
+        if self._current is not None:
+            digests.add(self._current.served.digest)
+        try:
+            await self.prepare(loaded, frozenset(digests - {""}))
+        except ApiError as error:
+            # The store's outage must not keep a replica from serving; each is computed when used.
+            log.error("stored classifiers are not prepared: %s", error)
+
+    async def _find_previous(self, target: Target) -> Loaded | None:
+        if target.previous is None:
+            return None
+        for model in (self._current, self._previous):
+            if model is not None and model.served == target.previous:
+                return model
+        try:
+            async with self._turn():
+                return await self._load(target.previous)
+        except (ClipRayError, OSError) as error:
+            # The model that callers ask for is there; the one before it is a convenience.
+            log.error("previous %s cannot be served: %s", target.previous.id, error)
+            return None
+
+    @contextlib.asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """Let the replicas of a node load one after the other: loading takes CPU from serving."""
+        self._cache_dir.mkdir(parents=True, exist_ok=True)
+        lock = os.open(self._cache_dir / "loading.lock", os.O_CREAT | os.O_RDWR, 0o600)
+        deadline = time.monotonic() + LOAD_LOCK_S
+        try:
+            while not _locked(lock) and time.monotonic() < deadline:
+                await asyncio.sleep(0.2)
+            yield
+        finally:
+            os.close(lock)
+
+    async def _load(self, served: ServedModel) -> Loaded:
+        def load() -> Encoder:
+            model, tokenizer, info = load_served(served, self._cache_dir, self.settings.s3)
+            return Encoder(
+                model,
+                tokenizer,
+                info,
+                device=self.settings.device,
+                max_pixels=int(self.settings.limits.image_mpx * 1e6),
+            )
+
+        encoder = await asyncio.to_thread(load)
+        await self.workers.warm_up(encoder)
+        scale = float(encoder.model.logit_scale.detach().exp())
+        return Loaded(_plain(served), encoder, scale)
+
+    def status(self) -> dict[str, Any]:
+        """Return what this replica serves; what promotions and `--check` read."""
+        current = self._current
+        loading = self._task is not None and self._error is None
+        return {
+            "replica": self.replica,
+            "pid": os.getpid(),
+            "model": None if current is None else current.served.model_dump(),
+            "previous": None if self._previous is None else self._previous.served.model_dump(),
+            "target_digest": self._wanted,
+            "state": "failed" if self._error else "loading" if loading or not current else "ready",
+            "error": self._error,
+        }
+
+    def models(self) -> list[Loaded]:
+        """Return the loaded models, the current one first."""
+        return [model for model in (self._current, self._previous) if model is not None]
+
+    def pick(self, model: str | None) -> Loaded:
+        """Return the model that a request names.
+
+        Args:
+            model: none, NAME or NAME@champion for the current one; NAME/VERSION for that one.
+
+        Raises:
+            ApiError: 404 for a name, 409 for a version that is not loaded; 503 while loading.
+        """
+        current = self._current
+        if current is None:
+            raise ApiError(503, "loading", "the model is being loaded", retry_after=5)
+        if not model or model in (current.served.name, f"{current.served.name}@champion"):
+            return current
+        for loaded in self.models():
+            if model == loaded.id:
+                return loaded
+        there = ", ".join(loaded.id for loaded in self.models())
+        name, _, version = model.rpartition("/")
+        if version and name in {loaded.served.name for loaded in self.models()}:
+            raise ApiError(
+                409, "model_not_loaded", f"model {model[:200]!r} is not loaded; loaded: {there}",
+                param="model",
+            )  # fmt: skip
+        raise ApiError(
+            404, "model_not_found", f"no model {model[:200]!r} here; loaded: {there}", param="model"
+        )
+
+    async def embed_images(
+        self, loaded: Loaded, images: Sequence[bytes], params: Sequence[str]
+    ) -> Floats:
+        """Return image features, (N, E) float32 of unit length.
+
+        Args:
+            loaded: the model.
+            images: N image files.
+            params: the place of each in the request, for errors.
+
+        Raises:
+            ApiError: 413 for too many pixels, 422 for a file that is no usable image.
+        """
+        encoder = loaded.encoder
+        size = encoder.image_size
+        pixels_NCHW = np.empty((len(images), 3, size, size), np.uint8)
+        start = time.perf_counter()
+        if len(images) == 1:
+            pixels_NCHW[0] = await self._decode(encoder, images[0], params[0])
+        else:
+            await self._decode_all(encoder, images, params, pixels_NCHW)
+        self.metrics.stage("decode", 1000 * (time.perf_counter() - start))
+        return await self.workers.encode_pixels(encoder, pixels_NCHW)
+
+    async def _decode_all(
+        self,
+        encoder: Encoder,
+        images: Sequence[bytes],
+        params: Sequence[str],
+        into: NDArray[np.uint8],
+    ) -> None:
+        """Decode with no more tasks than threads, so that another request's image comes between."""
+        queue = iter(range(len(images)))
+
+        async def run() -> None:
+            for index in queue:
+                into[index] = await self._decode(encoder, images[index], params[index])
+
+        tasks = [asyncio.create_task(run()) for _ in range(min(self.workers.cpus, len(images)))]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _decode(self, encoder: Encoder, image: bytes, param: str) -> NDArray[np.uint8]:
+        try:
+            width, height = measure(image)
+            if width * height > encoder.max_pixels:
+                raise ImageError(
+                    "too-many-pixels", f"{width}x{height}, limit {encoder.max_pixels} pixels"
+                )
+            # Pillow holds an image several times over while it turns it to RGB.
+            copies = 3 if image[:2] == b"\xff\xd8" else 12
+            memory = min(width * height * copies, self._pixel_budget.total)
+            if memory < 4_000_000:  # bounded by the threads; not worth the bookkeeping
+                return await self.workers.decode(encoder.preprocess, image)
+            async with self._pixel_budget.reserve(memory):
+                return await self.workers.decode(encoder.preprocess, image)
+        except ImageError as error:
+            too_large = error.reason == "too-many-pixels"
+            code = "too_many_pixels" if too_large else "undecodable_image"
+            raise ApiError(
+                413 if too_large else 422, code, f"image: {error}", param=param
+            ) from None
+
+    async def embed_texts(self, loaded: Loaded, texts: Sequence[str]) -> tuple[Floats, int]:
+        """Return text features, (N, E) float32 of unit length, and the number of tokens."""
+        digest, encoder = loaded.served.digest, loaded.encoder
+        ids_NL = await self._tokenize(encoder, texts)
+        found = self._texts.lookup(digest, texts)
+        missing = [index for index, row in enumerate(found) if row is None]
+        for row in found:
+            self.metrics.cache("text", row is not None)
+        features = np.empty((len(texts), encoder.embed_dim), np.float32)
+        for index, row in enumerate(found):
+            if row is not None:
+                features[index] = row
+        if missing:
+            features[missing] = await self.workers.encode_ids(encoder, ids_NL[missing])
+            self._texts.store(digest, [texts[i] for i in missing], features[missing])
+        return features, sum(token_counts(ids_NL))
+
+    async def _tokenize(self, encoder: Encoder, texts: Sequence[str]) -> NDArray[np.int32]:
+        # Short texts cost less than the way to a thread and back.
+        if sum(map(len, texts)) <= 1000:
+            return encoder.tokenizer(texts)[0]
+        return (await self.workers.decode(encoder.tokenizer, texts))[0]
+
+    async def classifier(
+        self, loaded: Loaded, labels: Sequence[str], templates: Sequence[str]
+    ) -> tuple[Floats, bool]:
+        """Return the classifier of labels and templates, (C, E), and whether it was cached."""
+        key = (loaded.served.digest, prompts_digest(labels, templates))
+        matrix, cached = await self._matrices.get(
+            key, lambda: self.build(loaded, labels, templates)
+        )
+        self.metrics.cache("classifier", cached)
+        return matrix, cached
+
+    async def build(
+        self, loaded: Loaded, labels: Sequence[str], templates: Sequence[str]
+    ) -> Floats:
+        """Compute a classifier, (C, E), in passes that other requests come between."""
+        encoder = loaded.encoder
+        parts = []
+        for start in range(0, len(labels), _LABELS):
+            block = labels[start : start + _LABELS]
+            sentences = prompts(block, templates)
+            rows = []
+            for first in range(0, len(sentences), 1024):
+                ids = await self._tokenize(encoder, sentences[first : first + 1024])
+                rows.append(await self.workers.encode_ids(encoder, ids))
+            parts.append(ensemble(np.concatenate(rows), len(block)))
+        return np.concatenate(parts)
+
+    async def probe(self) -> None:
+        """Encode something with the current model; raises what it raises."""
+        if self._current is not None:
+            await self.workers.probe(self._current.encoder)
+
+    def close(self) -> None:
+        """End the background work; for tests and the end of a replica."""
+        if self._task is not None:
+            self._task.cancel()
+        self.workers.close()
+
+
+async def _nothing_stored(loaded: Loaded, keep: frozenset[str]) -> int:
+    return 0
+
+
+def _parse(user_config: Any) -> Target:
+    try:
+        return Target.model_validate(user_config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ClipRayError(
+            f"user_config {place or 'of the deployment'}: {first['msg']}; the model is set by "
+            "jobs/deploy.py and jobs/promote.py"
+        ) from error
+
+
+def _plain(served: ServedModel) -> ServedModel:
+    """Return the identity alone, of a Target too."""
+    return ServedModel.model_validate(
+        {name: getattr(served, name) for name in ServedModel.model_fields}
+    )
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,191 @@
+"""Where a replica's CPU work runs: decoding threads, one model thread, shared batches.
+
+The event loop only moves bytes. The model has one thread of its own, so that a forward pass uses
+torch's threads alone and passes queue in order; decoding has a thread a CPU.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from ray import serve
+
+from clip_ray.config.serving import Batching
+from clip_ray.inference import Encoder
+from serve.metrics import Metrics
+
+Floats = NDArray[np.float32]
+T = TypeVar("T")
+Item = tuple[Encoder, NDArray[Any]]  # one row
+
+PASS_S = 0.04  # a forward pass of bulk work; others wait for one of them at most
+_IMAGE, _TEXT = "image", "text"
+
+
+class Workers:
+    """The threads and queues of a replica; use it from one event loop.
+
+    Args:
+        cpus: decoding threads, and torch's.
+        batching: sizes and wait of shared batches.
+        metrics: counted into.
+    """
+
+    def __init__(self, cpus: int, batching: Batching, metrics: Metrics) -> None:
+        torch.set_num_threads(cpus)
+        self.cpus = cpus
+        self._metrics = metrics
+        self._limit = {_IMAGE: batching.image_batch, _TEXT: batching.text_batch}
+        self._decoders = ThreadPoolExecutor(cpus, "decode")
+        self._model = ThreadPoolExecutor(1, "model")
+        self._bulk = asyncio.Lock()
+        # Seconds of one image, or of one token, by encoder and kind; learnt from each pass.
+        self._cost: dict[tuple[int, str], float] = {}
+        # Made here, not declared on the class: Ray keeps one queue a function, and it belongs to
+        # the event loop of its first call.
+        self._shared = {kind: self._batched(kind, batching) for kind in self._limit}
+
+    def _batched(self, kind: str, batching: Batching) -> Callable[[Item], Awaitable[Any]]:
+        async def shared_pass(items: list[Item]) -> list[Any]:
+            return await self._shared_pass(kind, items)
+
+        # One batch at a time: while it runs the next fills, and the model has one thread anyway.
+        batched: Callable[[Item], Awaitable[Any]] = serve.batch(
+            max_batch_size=self._limit[kind], batch_wait_timeout_s=batching.wait_ms / 1000
+        )(shared_pass)
+        return batched
+
+    def close(self) -> None:
+        """End the threads; what is queued is dropped."""
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+        self._model.shutdown(wait=False, cancel_futures=True)
+
+    async def decode(self, work: Callable[..., T], *args: Any) -> T:
+        """Run `work` on a decoding thread; a cancelled caller drops it where it has not begun."""
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, work, *args)
+
+    async def encode_pixels(self, encoder: Encoder, pixels_NCHW: NDArray[np.uint8]) -> Floats:
+        """Return image features (N, E); few images share a pass with other requests'."""
+        return await self._encode(encoder, _IMAGE, pixels_NCHW)
+
+    async def encode_ids(self, encoder: Encoder, ids_NL: NDArray[np.int32]) -> Floats:
+        """Return text features (N, E); few texts share a pass with other requests'."""
+        return await self._encode(encoder, _TEXT, ids_NL)
+
+    async def _encode(self, encoder: Encoder, kind: str, rows: NDArray[Any]) -> Floats:
+        if len(rows) > self._limit[kind] // 2:
+            return await self._in_passes(encoder, kind, rows)
+        shared = self._shared[kind]
+        # An item each: the batcher fills passes from all requests.
+        if len(rows) == 1:
+            results = [await shared((encoder, rows[0]))]
+        else:
+            results = await asyncio.gather(*(shared((encoder, row)) for row in rows))
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return np.stack(results)
+
+    async def _shared_pass(self, kind: str, items: list[Item]) -> list[Any]:
+        """Return a feature, or the error of its pass, per item; each model has its own pass."""
+        results: list[Any] = [None] * len(items)
+        groups: dict[int, list[int]] = {}
+        for index, (encoder, _) in enumerate(items):
+            groups.setdefault(id(encoder), []).append(index)
+        for members in groups.values():
+            encoder = items[members[0]][0]
+            try:
+                features = await self._in_passes(
+                    encoder, kind, np.stack([items[index][1] for index in members])
+                )
+            except Exception as error:  # it belongs to these requests only
+                for index in members:
+                    results[index] = error
+            else:
+                for index, row in zip(members, features, strict=True):
+                    results[index] = row
+        return results
+
+    async def _in_passes(self, encoder: Encoder, kind: str, rows: NDArray[Any]) -> Floats:
+        """Encode rows in passes of about PASS_S, so that no request keeps the model for long."""
+        parts: list[Floats] = []
+        done = 0
+        while done < len(rows):
+            size = self._pass_size(encoder, kind, rows)
+            chunk = rows[done : done + size]
+            if len(rows) <= size:
+                return await self._one_pass(encoder, kind, chunk)
+            # One bulk pass in the model's queue at a time: a second would double others' wait.
+            async with self._bulk:
+                parts.append(await self._one_pass(encoder, kind, chunk))
+            done += len(chunk)
+        return np.concatenate(parts)
+
+    def _pass_size(self, encoder: Encoder, kind: str, rows: NDArray[Any]) -> int:
+        cost = self._cost.get((id(encoder), kind))
+        if cost is None:
+            return 1  # not measured yet: warm-up measures it before any request comes
+        if kind == _TEXT:
+            cost *= _length(rows)
+        return max(1, min(self._limit[kind], int(PASS_S / cost)))
+
+    async def _one_pass(self, encoder: Encoder, kind: str, rows: NDArray[Any]) -> Floats:
+        def run() -> tuple[Floats, float]:
+            start = time.perf_counter()
+            features = encoder.encode_pixels(rows) if kind == _IMAGE else encoder.encode_ids(rows)
+            return features, time.perf_counter() - start
+
+        features, seconds = await asyncio.get_running_loop().run_in_executor(self._model, run)
+        self._metrics.batch(kind, len(rows))
+        self._metrics.stage("model", 1000 * seconds)
+        work = len(rows) * (_length(rows) if kind == _TEXT else 1)
+        key = (id(encoder), kind)
+        # A slow mean: a pass that another process disturbed must not shrink all that follow.
+        self._cost[key] = 0.9 * self._cost.get(key, seconds / work) + 0.1 * seconds / work
+        return features
+
+    async def warm_up(self, encoder: Encoder) -> None:
+        """Run passes of several sizes: allocators, kernels and costs are then known.
+
+        Raises:
+            ValueError: the features are not finite unit vectors.
+        """
+        size = encoder.image_size
+        generator = np.random.default_rng(0)
+        ids_1L, _ = encoder.tokenizer(["a photo of a cat."])
+        for count in (1, 1, 4, 16):
+            pixels = generator.integers(0, 256, (count, 3, size, size), np.uint8)
+            for features in (
+                await self._in_passes(encoder, _IMAGE, pixels),
+                await self._in_passes(encoder, _TEXT, np.repeat(ids_1L, count, axis=0)),
+            ):
+                norms = np.linalg.norm(features, axis=1)
+                if not np.allclose(norms, 1, atol=1e-3):  # NaN is close to nothing
+                    raise ValueError(f"features have norms {norms[:4]}, expected 1")
+
+    async def probe(self, encoder: Encoder) -> None:
+        """Encode the shortest text; raises what the model raises."""
+        ids_1L, _ = encoder.tokenizer([""])
+        await self._one_pass(encoder, _TEXT, ids_1L)
+
+    def forget(self, encoder: Encoder) -> None:
+        """Drop what was learnt of an encoder that is let go: its id may be another's soon."""
+        for kind in (_IMAGE, _TEXT):
+            self._cost.pop((id(encoder), kind), None)
+
+
+def _length(ids_NL: NDArray[np.int32]) -> int:
+    """Return the tokens of the longest row, its end token included."""
+    return int(ids_NL.argmax(axis=1).max()) + 1
+
+
+def token_counts(ids_NL: NDArray[np.int32]) -> Sequence[int]:
+    """Return the tokens of each row, start and end included."""
+    return [int(end) + 1 for end in ids_NL.argmax(axis=1)]
