@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 TORCH_PIN := $(shell grep '^torch==' constraints.txt)
 NOT_SELECTED := not slow and not chaos and not bench and not gpu
 
-.PHONY: help install quickstart test test-slow lint format ui bench clean
+.PHONY: help install quickstart serve serve-down test test-slow lint format ui bench clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -e 's/:.*##/:/' | awk -F': *' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -33,6 +33,15 @@ quickstart: install  ## pre-train, evaluate and promote a small CLIP on the bund
 	@echo "  $(BIN)/python jobs/prepare.py --help                     make shards of your own pictures"
 	@echo "  $(BIN)/python jobs/evaluate.py --model $(STORAGE)/quickstart --dataset $(STORAGE)/bundled/starter"
 	@echo "  README.md, \"Your own data\" and \"On a cluster\""
+
+# More flags, e.g. SERVE="--serve.port 8001"
+SERVE ?=
+
+serve: install  ## serve the champion to this machine, on port 8000 (SERVE="--serve.port 8001")
+	@$(BIN)/python jobs/deploy.py --profile local --storage $(STORAGE) $(SERVE)
+
+serve-down: install  ## end what make serve started, from another terminal
+	@$(BIN)/python jobs/deploy.py --down --storage $(STORAGE)
 
 test: install  ## unit and Ray integration tests (under 15 minutes on 2 cores)
 	@$(BIN)/python -m pytest -m "$(NOT_SELECTED)"

@@ -8,8 +8,10 @@ is a call of `reconfigure` and not a new process.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ class _ClipReplica:
         from serve.engine import Engine
         from serve.metrics import RayMetrics
 
+        _set_up_logs()
         context = serve.get_replica_context()
         _refuse_open_door(settings)
         resources = ray.get_runtime_context().get_assigned_resources()
@@ -100,6 +103,23 @@ def build(args: dict[str, Any]) -> serve.Application:
             "user_config and is written by jobs/deploy.py and jobs/promote.py"
         ) from error
     return serve.deployment(name=settings.name)(_ClipReplica).bind(settings)
+
+
+def _set_up_logs() -> None:
+    """Send the access log to the worker's stdout, a JSON object a line, and the rest to stderr.
+
+    Ray keeps both in files of its session's log directory, and shows them in its dashboard.
+    """
+    for name, stream, form in (
+        ("clip_ray.access", sys.stdout, "%(message)s"),
+        ("clip_ray.serve", sys.stderr, "%(asctime)s %(levelname)s %(message)s"),
+    ):
+        logger = logging.getLogger(name)
+        handler = logging.StreamHandler(stream)
+        handler.setFormatter(logging.Formatter(form))
+        logger.handlers = [handler]
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
 
 
 def _refuse_open_door(settings: AppSettings) -> None:

@@ -208,8 +208,12 @@ class ClassifierStore:
             return Listed(id_of(place), None, error.message)
         return None if definition is None else Listed(id_of(place), definition, None)
 
-    async def matrix(self, loaded: Loaded, namespace: str, id: str) -> tuple[Definition, Floats]:
-        """Return a definition and its matrix for a model, (C, E) float32, read-only.
+    async def matrix(
+        self, loaded: Loaded, namespace: str, id: str
+    ) -> tuple[Definition, Floats, bool]:
+        """Return a definition, its matrix for a model, and whether that was in memory.
+
+        The matrix is (C, E) float32, and read-only.
 
         Raises:
             ApiError: 404 where there is none, 503 for a file that cannot be read.
@@ -226,7 +230,7 @@ class ClassifierStore:
         matrix, cached = await self._matrix(loaded, place, definition)
         self.hits += cached
         self.misses += not cached
-        return definition, matrix
+        return definition, matrix, cached
 
     async def prepare(self, loaded: Loaded, keep: frozenset[str]) -> int:
         """Make every stored classifier's matrix for a model that is about to be swapped in.

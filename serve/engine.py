@@ -39,7 +39,7 @@ log = logging.getLogger("clip_ray.serve")
 
 Floats = NDArray[np.float32]
 LOAD_LOCK_S = 300  # wait for another replica of the node that loads; then load anyway
-_LABELS = 64  # labels of a classifier whose prompts are tokenised and encoded together
+_PROMPTS = 4096  # of a classifier that are in memory together; at least one label's
 
 
 @dataclass(frozen=True, eq=False)
@@ -362,8 +362,9 @@ class Engine:
         """Compute a classifier, (C, E), in passes that other requests come between."""
         encoder = loaded.encoder
         parts = []
-        for start in range(0, len(labels), _LABELS):
-            block = labels[start : start + _LABELS]
+        step = max(1, _PROMPTS // len(templates))
+        for start in range(0, len(labels), step):
+            block = labels[start : start + step]
             sentences = prompts(block, templates)
             rows = []
             for first in range(0, len(sentences), 1024):

@@ -115,15 +115,15 @@ class Workers:
 
     async def _in_passes(self, encoder: Encoder, kind: str, rows: NDArray[Any]) -> Floats:
         """Encode rows in passes of about PASS_S, so that no request keeps the model for long."""
+        if len(rows) <= self._pass_size(encoder, kind, rows):
+            return await self._one_pass(encoder, kind, rows)
         parts: list[Floats] = []
         done = 0
         while done < len(rows):
-            size = self._pass_size(encoder, kind, rows)
-            chunk = rows[done : done + size]
-            if len(rows) <= size:
-                return await self._one_pass(encoder, kind, chunk)
             # One bulk pass in the model's queue at a time: a second would double others' wait.
             async with self._bulk:
+                # Anew each time: each pass teaches what the next may cost.
+                chunk = rows[done : done + self._pass_size(encoder, kind, rows)]
                 parts.append(await self._one_pass(encoder, kind, chunk))
             done += len(chunk)
         return np.concatenate(parts)

@@ -10,7 +10,7 @@ import difflib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -20,6 +20,29 @@ from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, Settings
 from clip_ray.config.schema import Config
 from clip_ray.errors import ConfigError
 
+Root = TypeVar("Root", bound=BaseModel)
+
+
+@overload
+def load_config(
+    argv: Sequence[str],
+    *,
+    default_recipe: Path | None,
+    program: str,
+    defaults: dict[str, Any] | None = None,
+) -> Config: ...
+
+
+@overload
+def load_config(
+    argv: Sequence[str],
+    *,
+    default_recipe: Path | None,
+    program: str,
+    defaults: dict[str, Any] | None = None,
+    schema: type[Root],
+) -> Root: ...
+
 
 def load_config(
     argv: Sequence[str],
@@ -27,7 +50,8 @@ def load_config(
     default_recipe: Path | None,
     program: str,
     defaults: dict[str, Any] | None = None,
-) -> Config:
+    schema: type[BaseModel] = Config,
+) -> BaseModel:
     """Return the configuration that a command line describes.
 
     Args:
@@ -37,23 +61,25 @@ def load_config(
         default_recipe: used where no `--config` is given.
         program: shown by `--help`.
         defaults: settings below the recipe's, for jobs that need fewer than training does.
+        schema: the root of the tree; its fields are the sections.
 
     Raises:
         ConfigError: a file, key or value that cannot be used.
     """
     recipe, flags = _split_recipe(list(argv), default_recipe)
     if any(flag in ("-h", "--help") for flag in flags):
-        _print_help(program)
+        _print_help(program, schema)
         raise SystemExit(0)
-    given = _read_recipe(recipe) if recipe is not None else {}
-    merged = _merge(_merge(defaults or {}, given), _parse_flags(flags))
+    given = _read_recipe(recipe, default_recipe) if recipe is not None else {}
+    known = set(field_paths(schema))
+    merged = _merge(_merge(defaults or {}, given), _parse_flags(flags, known))
     try:
-        return Config.model_validate(merged)
+        return schema.model_validate(merged)
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from error
+        raise ConfigError(_explain(error, known)) from error
 
 
-def dump_config(config: Config) -> str:
+def dump_config(config: BaseModel) -> str:
     """Return the resolved tree as YAML; `load_config` reads it back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
@@ -89,12 +115,13 @@ def _split_recipe(argv: list[str], default: Path | None) -> tuple[Path | None, l
     return recipe, flags
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
+def _read_recipe(path: Path, usual: Path | None) -> dict[str, Any]:
     try:
         text = path.read_text()
     except OSError as error:
+        where = f"{usual.parent.parent.name}/{usual.parent.name}" if usual else "jobs/configs"
         raise ConfigError(
-            f"--config {path}: cannot read it ({error.strerror}); recipes lie in jobs/configs/"
+            f"--config {path}: cannot read it ({error.strerror}); recipes lie in {where}/"
         ) from error
     try:
         tree = yaml.safe_load(text) or {}
@@ -105,9 +132,8 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _parse_flags(flags: list[str]) -> dict[str, Any]:
+def _parse_flags(flags: list[str], known: set[str]) -> dict[str, Any]:
     """Turn `--a.b value` into a tree; each value is read as YAML, so lists and null work too."""
-    known = set(field_paths(Config))
     tree: dict[str, Any] = {}
     arguments = iter(flags)
     for argument in arguments:
@@ -175,9 +201,8 @@ def _unknown(name: str, known: set[str]) -> str:
     )
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, known: set[str]) -> str:
     """Say what is wrong with each value, one line a problem."""
-    known = set(field_paths(Config))
     lines = []
     for detail in error.errors(include_url=False):
         path = ".".join(str(part) for part in detail["loc"])
@@ -203,8 +228,8 @@ def _expectation(detail: ErrorDetails) -> str:
     return f"{detail['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-def _print_help(program: str) -> None:
-    class Settings(Config, BaseSettings):
+def _print_help(program: str, schema: type[BaseModel]) -> None:
+    class Settings(schema, BaseSettings):  # type: ignore[valid-type, misc]
         model_config = SettingsConfigDict(
             cli_prog_name=program, cli_avoid_json=True, cli_hide_none_type=True
         )

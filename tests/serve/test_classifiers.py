@@ -111,7 +111,7 @@ def test_what_is_put_is_read_with_its_time_and_digest(site):
         assert (put.labels, put.templates, put.scoring) == (PETS.labels, PETS.templates, "softmax")
         assert put.created.endswith("+00:00") and put.digest == PETS.digest
         assert await a.get("key", "cars") is None and await a.get("other", "pets") is None
-        definition, matrix = await a.matrix(model(), "key", "pets")
+        definition, matrix, _ = await a.matrix(model(), "key", "pets")
         assert definition == put
         np.testing.assert_array_equal(matrix, expected(PETS))
 
@@ -131,7 +131,7 @@ def test_every_replica_sees_a_put_and_a_delete_within_5_seconds(site):
         site.clock.now += 2.9
         assert (await b.get("key", "pets")).labels == PETS.labels  # believed: no read a request
         site.clock.now += 0.2
-        definition, matrix = await b.matrix(model(), "key", "pets")
+        definition, matrix, _ = await b.matrix(model(), "key", "pets")
         assert (definition.labels, definition.scoring) == (CARS.labels, "sigmoid")
         np.testing.assert_array_equal(matrix, expected(CARS))
 
@@ -199,7 +199,7 @@ def test_a_new_process_reads_matrices_that_another_computed(site):
         await a.put("key", "pets", PETS)
         await a.matrix(model(), "key", "pets")
         b, build = site.replica()
-        definition, matrix = await b.matrix(model(), "key", "pets")
+        definition, matrix, _ = await b.matrix(model(), "key", "pets")
         assert definition.labels == PETS.labels and build.calls == []
         np.testing.assert_array_equal(matrix, expected(PETS))
         assert (b.hits, b.misses) == (0, 1)
@@ -217,7 +217,7 @@ def test_another_scoring_needs_no_other_matrix(site):
         await a.put("key", "pets", PETS)
         await a.matrix(model(), "key", "pets")
         await a.put("key", "pets", Definition(PETS.labels, PETS.templates, "sigmoid"))
-        definition, _ = await a.matrix(model(), "key", "pets")
+        definition, _, _ = await a.matrix(model(), "key", "pets")
         assert definition.scoring == "sigmoid" and len(build.calls) == 1
         assert len(site.matrices) == 1  # for those who come later, too
 

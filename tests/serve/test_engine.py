@@ -280,6 +280,22 @@ def test_bulk_text_work_lets_others_through_after_one_pass_each(tmp_path, models
     assert max(size for kind, size in passes if kind == "text") <= 40
 
 
+def test_passes_that_grow_on_the_way_lose_no_row(tmp_path, models, monkeypatch):
+    sizes = iter([10, 10, 3, 40, 100])
+
+    async def run() -> None:
+        engine = await started(tmp_path, models[0])
+        encoder = engine.pick(None).encoder
+        ids, _ = encoder.tokenizer([f"thing {i}" for i in range(100)])
+        monkeypatch.setattr(engine.workers, "_pass_size", lambda *_: next(sizes))
+        features = await engine.workers.encode_ids(encoder, ids)
+        assert (cosines(features, encoder.encode_ids(ids)) > 0.99999).all()
+        engine.close()
+
+    asyncio.run(run())
+    assert list(sizes) == []
+
+
 def test_classifiers_are_computed_once_and_are_the_evaluations(tmp_path, models):
     from clip_ray.eval.zero_shot import classifier
 

@@ -1,0 +1,90 @@
+"""Functions that a process connected to a running Serve executes for tests/runtime/test_serving.py.
+
+A process of its own: pytest's must not be connected to a Ray that other tests do not know.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from clip_ray.registry import Target
+from clip_ray.runtime.rollout import RolloutError, answers, exclusive, roll_out
+from clip_ray.runtime.serve_state import attached, read_running
+from clip_ray.runtime.serving import Live, Place, find_place, plain_config, with_target
+
+_CONNECTION = contextlib.ExitStack()
+_LIVE: list[Live] = []
+
+
+def start(folder: Path) -> ProcessPoolExecutor:
+    """Return a process that is connected to the Serve that `folder` tells of."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, context, initializer=_connect, initargs=(folder,))
+
+
+def _connect(folder: Path) -> None:
+    running = read_running(folder)
+    assert running is not None
+    _LIVE.append(_CONNECTION.enter_context(attached(running)))
+
+
+def _place() -> Place:
+    return find_place(_LIVE[0].read(), "clip", "the test's Serve")
+
+
+def config() -> dict[str, Any]:
+    """Return the live config as plain data."""
+    return plain_config(_LIVE[0].read())
+
+
+def served() -> dict[str, dict[str, Any]]:
+    """Return each replica's status."""
+    return answers(_LIVE[0], _place()).given
+
+
+def promote(target: Target, timeout_s: float = 30) -> tuple[list[str], str | None]:
+    """Roll a target out; return the replicas that confirmed it, or the error."""
+    place = _place()
+    wanted = with_target(_LIVE[0].read(), place, target)
+    place = Place(place.app, place.deployment, target, place.args)
+    try:
+        return roll_out(_LIVE[0], wanted, place, timeout_s), None
+    except RolloutError as error:
+        return [], str(error)
+
+
+def apply(path: Path) -> None:
+    """Apply a config file, as `serve deploy` does."""
+    _LIVE[0].write(yaml.safe_load(path.read_text()))
+
+
+def add(app: dict[str, Any]) -> None:
+    """Add somebody else's application, with options that ours does not set."""
+    live = _LIVE[0]
+    before = live.read()
+    live.write({**before, "applications": [*before["applications"], app], "target_capacity": 100.0})
+    deadline = time.monotonic() + 30
+    while live.details()["applications"][app["name"]]["status"] != "RUNNING":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def take_lock() -> None:
+    """Take the lock of promotions, and give it back."""
+    with exclusive("clip", "a test"):
+        pass
+
+
+def hold_lock(folder: Path) -> None:
+    """Hold the lock of promotions until this process is killed; says so on standard output."""
+    _connect(folder)
+    with exclusive("clip", "promotion of clip/77"):
+        print("held", flush=True)
+        time.sleep(600)

@@ -1,0 +1,168 @@
+"""A real Serve, started as a user starts it, with load on it and its replicas asked directly."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import httpx
+import numpy as np
+
+from clip_ray.registry import ServedModel, store_model
+from clip_ray.runtime.serve_state import Running, attached, read_running
+from clip_ray.runtime.serving import Live, Place, find_place
+
+ROOT = Path(__file__).resolve().parents[2]
+START_S = 180
+
+
+@dataclass
+class Deployed:
+    """A Serve in the foreground of a process of its own.
+
+    Attributes:
+        process: jobs/deploy.py.
+        running: what it says of itself.
+        log: what it prints.
+    """
+
+    process: subprocess.Popen[bytes]
+    running: Running
+    log: Path
+
+    @property
+    def url(self) -> str:
+        return self.running.url
+
+    @contextmanager
+    def asked(self) -> Iterator[tuple[Live, Place]]:
+        """Connect this process to its Ray."""
+        before = {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")}
+        try:
+            with attached(self.running) as live:
+                yield live, find_place(live.read(), None, "the Serve under test")
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+
+@contextmanager
+def deployed(folder: Path, model: ServedModel, *flags: str) -> Iterator[Deployed]:
+    """Serve a model with jobs/deploy.py --profile local until the block ends."""
+    stored = store_model(model.uri, folder / "models", name="clip")
+    log = folder / "deploy.log"
+    command = [sys.executable, "jobs/deploy.py", "--storage", str(folder / "runs")]
+    command += ["--model", model.uri, "--serve.port", "0", "--serve.device", "cpu", *flags]
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=output, stderr=output, start_new_session=True
+        )
+    home = folder / "runs" / "serving"
+    try:
+        deadline = time.monotonic() + START_S
+        while "API docs" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        running = read_running(home)
+        assert running is not None and stored.digest in log.read_text()
+        yield Deployed(process, running, log)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(90)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+
+
+@dataclass
+class Load:
+    """What a constant load saw.
+
+    Attributes:
+        answers: (second of the answer, its latency, the request's number, model id, features).
+        failures: what was no answer with 200.
+    """
+
+    answers: list[tuple[float, float, int, str, np.ndarray]] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def percentile(self, q: float, start: float = 0, end: float = float("inf")) -> float:
+        """Return a percentile of the latencies of answers between two times."""
+        return float(np.percentile([a[1] for a in self.answers if start <= a[0] < end], q))
+
+
+async def load(
+    url: str,
+    bodies: list[dict[str, Any]],
+    clients: int,
+    stop: asyncio.Event,
+    headers: dict[str, str] | None = None,
+    pause_s: float = 0.0,
+) -> Load:
+    """Send embedding requests from closed-loop clients until `stop`; nothing is retried."""
+    seen = Load()
+    connector = aiohttp.TCPConnector(limit=clients)
+    async with aiohttp.ClientSession(connector=connector, headers=headers) as session:
+
+        async def client(number: int) -> None:
+            index = number
+            while not stop.is_set():
+                start = time.monotonic()
+                which = index % len(bodies)
+                try:
+                    async with session.post(f"{url}/v1/embeddings", json=bodies[which]) as answer:
+                        document = await answer.json()
+                        if answer.status != 200:
+                            seen.failures.append(f"{answer.status} {document}")
+                            continue
+                except (aiohttp.ClientError, OSError, ValueError) as error:
+                    seen.failures.append(f"{type(error).__name__}: {error}")
+                    await asyncio.sleep(0.05)
+                    continue
+                now = time.monotonic()
+                features = features_of(document)
+                seen.answers.append((now, now - start, which, document["model"], features))
+                index += clients
+                await asyncio.sleep(pause_s)
+
+        await asyncio.gather(*(client(number) for number in range(clients)))
+    return seen
+
+
+def features_of(document: dict[str, Any]) -> np.ndarray:
+    """Return the (N, E) float32 of an embeddings answer, float or base64."""
+    rows = [entry["embedding"] for entry in document["data"]]
+    if isinstance(rows[0], str):
+        return np.stack([np.frombuffer(base64.b64decode(row), "<f4") for row in rows])
+    return np.array(rows, np.float32)
+
+
+def until(condition: Any, timeout_s: float, what: str) -> float:
+    """Wait until a condition holds; return the seconds that it took."""
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < timeout_s, what
+        time.sleep(0.2)
+    return time.monotonic() - start
+
+
+def client(running: Deployed, key: str | None = None) -> httpx.Client:
+    """Return a client that opens a connection a request, so that any replica may answer."""
+    headers = {"connection": "close"} | ({"authorization": f"Bearer {key}"} if key else {})
+    return httpx.Client(base_url=running.url, headers=headers, timeout=40, trust_env=False)
