@@ -226,12 +226,19 @@ def _decode_pillow(data: bytes, max_pixels: int, formats: tuple[str, ...]) -> Pi
 
 
 def _to_rgb(image: Image.Image) -> Pixels:
+    """Return (H, W, 3) uint8; no step holds more than three copies of four bytes a pixel."""
     if image.mode.startswith("I"):
         # Pillow's own conversion clips 16 bits at 255 and shows white.
-        grey = np.asarray(image, dtype=np.uint32).clip(0, 65535)
-        return np.repeat(((grey + 128) // 257).astype(np.uint8)[:, :, None], 3, axis=2)
+        grey = np.array(image, dtype=np.int32)
+        np.clip(grey, 0, 65535, out=grey)
+        grey += 128
+        grey //= 257
+        return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
     if "A" in image.mode or "a" in image.mode or "transparency" in image.info:
-        rgba = image.convert("RGBA")
+        rgba = image if image.mode == "RGBA" else image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, rgba)
-    return np.array(image.convert("RGB"))
+        del rgba, white
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    return np.array(image)

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import fcntl
 import logging
+import math
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -38,7 +39,10 @@ from serve.work import Workers, token_counts
 log = logging.getLogger("clip_ray.serve")
 
 Floats = NDArray[np.float32]
+DECODE_BYTES = 12  # of a pixel on its way to RGB: up to three copies of four bytes in Pillow
+PREPARE_S = 20.0  # stored classifiers are waited for before a model is swapped in
 LOAD_LOCK_S = 300  # wait for another replica of the node that loads; then load anyway
+_CHARACTERS = 64_000  # tokenised by one job of a decoding thread: about 20 ms
 _PROMPTS = 4096  # of a classifier that are in memory together; at least one label's
 
 
@@ -81,10 +85,13 @@ class Engine:
         self.metrics = metrics
         self.replica = "local"
         self.workers = Workers(cpus, settings.batching, metrics)
-        # Halves: bodies that wait for their pixels must not starve the decoding that frees them.
-        half = int(limits.memory_mb * 1e6 / 2)
-        self.budget = Budget(half, limits.queue_s)
-        self._pixel_budget = Budget(half, limits.request_s)
+        # Three shares, for a request holds one of each in this order, and nobody who holds waits
+        # for more of the same: its body, its images as the model takes them, and one image's
+        # decoding at a time, which gets most (25 Mpx are 300 MB).
+        memory = limits.memory_mb * 1e6
+        self.budget = Budget(int(memory / 4), limits.queue_s)
+        self._input_budget = Budget(int(memory / 8), limits.request_s)
+        self._decode_budget = Budget(int(memory * 5 / 8), limits.request_s)
         self._cache_dir = cache_dir
         self._matrices = MatrixCache(settings.classifier_cache)
         self._texts = TextCache(settings.text_cache)
@@ -93,6 +100,7 @@ class Engine:
         self._wanted = ""  # digest of the newest target
         self._error: str | None = None
         self._task: asyncio.Task[None] | None = None
+        self._preparing: asyncio.Task[None] | None = None
         # Set by the app: stored classifiers are computed for a model before it is swapped in.
         self.prepare: Prepare = _nothing_stored
 
@@ -138,24 +146,26 @@ class Engine:
         log.error("target %s is not served: %s", self._wanted[:12], self._error)
 
     async def _switch(self, target: Target) -> None:
-        current = self._current
-        if current is None or current.served.digest != target.digest:
+        held = [model for model in self.models() if model.served.digest == target.digest]
+        if held:
+            current = Loaded(target.plain(), held[0].encoder, held[0].logit_scale)
+            if held[0].served == current.served:
+                current = held[0]
+        else:
             async with self._turn():
                 current = await self._load(target)
-                await self._prepare_stored(current, target)
-        elif current.id != target.id:
-            current = Loaded(_plain(target), current.encoder, current.logit_scale)
-        previous = await self._find_previous(target)
-        dropped = {self._current, self._previous} - {current, previous, None}
-        self._current, self._previous = current, previous
+        if current is not self._current:
+            try:
+                await asyncio.wait_for(self._prepare_stored(current, target), PREPARE_S)
+            except TimeoutError:
+                log.error("not all stored classifiers are ready after %g s", PREPARE_S)
+        self._current, self._previous = current, await self._find_previous(target)
         self._error = None
-        kept = {model.encoder for model in self.models()}
-        for model in dropped:
-            if model is not None and model.encoder not in kept:
-                self.workers.forget(model.encoder)
         log.info("serving %s, digest %s", current.id, current.served.digest)
-        # Another replica may have stored one between the last look and now.
-        await self._prepare_stored(current, target)
+        # What was not ready in time, and what another replica has stored since the last look.
+        if self._preparing is not None:
+            self._preparing.cancel()
+        self._preparing = asyncio.create_task(self._prepare_stored(current, target))
 
     async def _prepare_stored(self, loaded: Loaded, target: Target) -> None:
         digests = {target.digest, target.previous.digest if target.previous else ""}
@@ -208,7 +218,7 @@ class Engine:
         encoder = await asyncio.to_thread(load)
         await self.workers.warm_up(encoder)
         scale = float(encoder.model.logit_scale.detach().exp())
-        return Loaded(_plain(served), encoder, scale)
+        return Loaded(served.plain(), encoder, scale)
 
     def status(self) -> dict[str, Any]:
         """Return what this replica serves; what promotions and `--check` read."""
@@ -270,15 +280,16 @@ class Engine:
             ApiError: 413 for too many pixels, 422 for a file that is no usable image.
         """
         encoder = loaded.encoder
-        size = encoder.image_size
-        pixels_NCHW = np.empty((len(images), 3, size, size), np.uint8)
-        start = time.perf_counter()
-        if len(images) == 1:
-            pixels_NCHW[0] = await self._decode(encoder, images[0], params[0])
-        else:
-            await self._decode_all(encoder, images, params, pixels_NCHW)
-        self.metrics.stage("decode", 1000 * (time.perf_counter() - start))
-        return await self.workers.encode_pixels(encoder, pixels_NCHW)
+        shape = (len(images), 3, encoder.image_size, encoder.image_size)
+        async with self._input_budget.reserve(min(math.prod(shape), self._input_budget.total)):
+            pixels_NCHW = np.empty(shape, np.uint8)
+            start = time.perf_counter()
+            if len(images) == 1:
+                pixels_NCHW[0] = await self._decode(encoder, images[0], params[0])
+            else:
+                await self._decode_all(encoder, images, params, pixels_NCHW)
+            self.metrics.stage("decode", 1000 * (time.perf_counter() - start))
+            return await self.workers.encode_pixels(encoder, pixels_NCHW)
 
     async def _decode_all(
         self,
@@ -302,18 +313,23 @@ class Engine:
                 task.cancel()
 
     async def _decode(self, encoder: Encoder, image: bytes, param: str) -> NDArray[np.uint8]:
-        try:
+        def decode_small() -> NDArray[np.uint8] | int:
+            """Return the pixels, or the bytes that a large image takes on the way to them."""
+            # Not on the event loop: a header may be made to take long.
             width, height = measure(image)
             if width * height > encoder.max_pixels:
                 raise ImageError(
                     "too-many-pixels", f"{width}x{height}, limit {encoder.max_pixels} pixels"
                 )
-            # Pillow holds an image several times over while it turns it to RGB.
-            copies = 3 if image[:2] == b"\xff\xd8" else 12
-            memory = min(width * height * copies, self._pixel_budget.total)
-            if memory < 4_000_000:  # bounded by the threads; not worth the bookkeeping
-                return await self.workers.decode(encoder.preprocess, image)
-            async with self._pixel_budget.reserve(memory):
+            memory = width * height * DECODE_BYTES
+            # Small ones are bounded by the threads; not worth the bookkeeping.
+            return encoder.preprocess(image) if memory < 16_000_000 else memory
+
+        try:
+            found = await self.workers.decode(decode_small)
+            if not isinstance(found, int):
+                return found
+            async with self._decode_budget.reserve(min(found, self._decode_budget.total)):
                 return await self.workers.decode(encoder.preprocess, image)
         except ImageError as error:
             too_large = error.reason == "too-many-pixels"
@@ -343,7 +359,14 @@ class Engine:
         # Short texts cost less than the way to a thread and back.
         if sum(map(len, texts)) <= 1000:
             return encoder.tokenizer(texts)[0]
-        return (await self.workers.decode(encoder.tokenizer, texts))[0]
+        parts, start, size = [], 0, 0
+        for index, text in enumerate(texts, 1):
+            size += len(text)
+            if size >= _CHARACTERS or index == len(texts):
+                part = await self.workers.decode(encoder.tokenizer, texts[start:index])
+                parts.append(part[0])
+                start, size = index, 0
+        return np.concatenate(parts)
 
     async def classifier(
         self, loaded: Loaded, labels: Sequence[str], templates: Sequence[str]
@@ -380,8 +403,9 @@ class Engine:
 
     def close(self) -> None:
         """End the background work; for tests and the end of a replica."""
-        if self._task is not None:
-            self._task.cancel()
+        for task in (self._task, self._preparing):
+            if task is not None:
+                task.cancel()
         self.workers.close()
 
 
@@ -399,13 +423,6 @@ def _parse(user_config: Any) -> Target:
             f"user_config {place or 'of the deployment'}: {first['msg']}; the model is set by "
             "jobs/deploy.py and jobs/promote.py"
         ) from error
-
-
-def _plain(served: ServedModel) -> ServedModel:
-    """Return the identity alone, of a Target too."""
-    return ServedModel.model_validate(
-        {name: getattr(served, name) for name in ServedModel.model_fields}
-    )
 
 
 def _locked(descriptor: int) -> bool:

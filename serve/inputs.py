@@ -7,6 +7,7 @@ place (`input[3]`) and the way out.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl
@@ -18,11 +19,21 @@ from serve.definitions import ID_PATTERN, Definition
 from serve.documents import Body, Fields, load, load_json, wrong, wrong_type
 from serve.errors import ApiError
 from serve.forms import Part, read_form, text_of
-from serve.items import Item, check_image, check_text, read_items, read_text, too_many
+from serve.items import (
+    Item,
+    check_image,
+    check_prompt_lengths,
+    check_text,
+    read_items,
+    read_text,
+    too_many,
+)
 
 JSON_TYPE, FORM_TYPE = "application/json", "multipart/form-data"
 IMAGE_TYPES = ("image/gif", "image/jpeg", "image/png", "image/webp")
+_ALIASES = ("image/jpg",)  # no registered type, and yet what many programs send
 SCORINGS = ("softmax", "sigmoid")
+TOP_K = 5  # labels of an answer, where a request does not say
 _OPTIONS = 20  # fields of a form beside its texts, images and labels
 
 
@@ -73,9 +84,9 @@ def read_embeddings(body: Body, limits: Limits) -> EmbeddingsRequest:
         items = read_items(fields.needed("input"), "input", modality, limits)
     elif body.media_type == FORM_TYPE:
         known = schemas.EMBEDDINGS_FORM["properties"]
-        items, members = _read_form_items(body, limits, texts=True)
+        items, members = _read_form_items(body, limits, known)
         fields = Fields(members, known, as_text=True)
-    elif body.media_type in IMAGE_TYPES:
+    elif body.media_type in (*IMAGE_TYPES, *_ALIASES):
         fields = Fields(_read_query(body.query), schemas.EMBEDDINGS_QUERY, as_text=True)
         items = [Item("input", image=check_image(body.data, "input", limits))]
     else:
@@ -107,8 +118,9 @@ def read_classify(body: Body, limits: Limits) -> ClassifyRequest:
         fields.choice("modality", ("image",))
         items = read_items(fields.needed("input"), "input", "image", limits)
     elif body.media_type == FORM_TYPE:
-        items, members = _read_form_items(body, limits, texts=False)
-        fields = Fields(members, schemas.CLASSIFY_FORM["properties"], as_text=True)
+        known = schemas.CLASSIFY_FORM["properties"]
+        items, members = _read_form_items(body, limits, known)
+        fields = Fields(members, known, as_text=True)
     else:
         raise wrong_type(body, (JSON_TYPE, FORM_TYPE))
     for item in items:
@@ -128,6 +140,8 @@ def read_classify(body: Body, limits: Limits) -> ClassifyRequest:
                 raise ApiError(
                     400, "conflict", f"give either classifier or {name}, not both", param=name
                 )
+    top_k = fields.integer("top_k")
+    _check_predictions(len(items), top_k or TOP_K, limits)
     return ClassifyRequest(
         items=items,
         model=fields.string("model", 200),
@@ -135,7 +149,7 @@ def read_classify(body: Body, limits: Limits) -> ClassifyRequest:
         templates=templates,
         classifier=classifier,
         scoring=fields.choice("scoring", SCORINGS),
-        top_k=fields.integer("top_k"),
+        top_k=top_k,
     )
 
 
@@ -202,6 +216,17 @@ def check_id(identifier: str, param: str) -> str:
     return identifier
 
 
+def _check_predictions(images: int, top_k: int, limits: Limits) -> None:
+    if images * top_k > limits.predictions:
+        raise ApiError(
+            413,
+            "too_many_predictions",
+            f"{images} images x top_k {top_k} = {images * top_k} predictions, limit "
+            f"{limits.predictions}; ask for fewer, or send several requests",
+            param="top_k",
+        )
+
+
 def _read_prompts(
     fields: Fields, limits: Limits, most: int
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -229,15 +254,7 @@ def _read_prompts(
             f"{way_out}",
             param="labels",
         )
-    longest = max(map(len, labels)) + max(map(len, templates))
-    if longest > limits.text_chars:
-        raise ApiError(
-            413,
-            "text_too_long",
-            f"the longest label in the longest template has {longest} characters, limit "
-            f"{limits.text_chars}",
-            param="labels",
-        )
+    check_prompt_lengths(labels, templates, limits)
     return labels, templates
 
 
@@ -263,9 +280,13 @@ def _read_texts(value: Any, name: str, limits: Limits) -> tuple[str, ...]:
 
 
 def _read_form_items(
-    body: Body, limits: Limits, *, texts: bool
+    body: Body, limits: Limits, known: Collection[str]
 ) -> tuple[list[Item], dict[str, Any]]:
-    """Return the items of a form in order, and its other fields; lists stay lists."""
+    """Return the items of a form in order, and its other fields; lists stay lists.
+
+    Files are images whatever their part is called, but for the names of the `known` text fields.
+    """
+    texts = "text" in known
     most = limits.items + limits.prompts + _OPTIONS
     parts = read_form(body.data, body.content_type, most)
     items: list[Item] = []
@@ -279,6 +300,14 @@ def _read_form_items(
         raise too_many(count, "input", limits)
     for part in parts:
         param = f"input[{len(items)}]"
+        if part.is_file and part.name in known and part.name != "image":
+            raise ApiError(
+                400,
+                "invalid_form",
+                f"part {part.name!r} is sent as a file; send it as text (curl: -F "
+                f"{part.name}=TEXT, or -F '{part.name}=<FILE')",
+                param=part.name,
+            )
         if part.is_file:
             items.append(Item(param, image=check_image(part.data, param, limits)))
         elif texts and part.name == "text":

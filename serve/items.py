@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import binascii
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from clip_ray.config.serving import Limits
+from clip_ray.eval.prompts import filled_length
 from serve.documents import check_unicode, refuse_unknown, wrong
 from serve.errors import ApiError
 
@@ -172,6 +174,25 @@ def check_text(text: str, param: str, limits: Limits) -> None:
             param=param,
         )
     check_unicode(text, param)
+
+
+def check_prompt_lengths(labels: Sequence[str], templates: Sequence[str], limits: Limits) -> None:
+    """Refuse a template that the longest label makes too long, however often it is named there.
+
+    Raises:
+        ApiError: 413.
+    """
+    longest = max(map(len, labels))
+    for index, template in enumerate(templates):
+        length = filled_length(template, longest)
+        if length > limits.text_chars:
+            raise ApiError(
+                413,
+                "text_too_long",
+                f"templates[{index}] has {length} characters with the longest label in its place, "
+                f"limit {limits.text_chars}",
+                param=f"templates[{index}]",
+            )
 
 
 def _read_image(source: str, param: str, limits: Limits) -> Item:

@@ -97,7 +97,11 @@ EMBEDDINGS = _object(
         "model": _MODEL,
         "modality": _MODALITY,
         "encoding_format": _nullable(
-            _string("float, or base64 of little-endian float32", enum=["float", "base64"])
+            _string(
+                "float, or base64 of little-endian float32; of no effect where the header Accept "
+                "asks for application/octet-stream: that answer is the bytes themselves",
+                enum=["float", "base64"],
+            )
         ),
         "dimensions": _nullable(_integer("only the model's own number", minimum=1)),
         "normalize": _nullable(
@@ -115,7 +119,7 @@ CLASSIFY = _object(
         "templates": _nullable(_TEMPLATES),
         "classifier": _nullable(_string("id of a stored classifier, instead of labels")),
         "scoring": _SCORING,
-        "top_k": _nullable(_integer("labels of an answer; 5, or all if fewer", minimum=1)),
+        "top_k": _nullable(_integer("labels of an image; 5, or all if fewer", minimum=1)),
         "model": _MODEL,
         "modality": _nullable(_string("images only", enum=["image"])),
     },

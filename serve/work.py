@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -27,6 +29,7 @@ Item = tuple[Encoder, NDArray[Any]]  # one row
 
 PASS_S = 0.04  # a forward pass of bulk work; others wait for one of them at most
 _IMAGE, _TEXT = "image", "text"
+_OPEN_ITEMS = 128  # of Ray's batches that are open at once
 
 
 class Workers:
@@ -47,18 +50,25 @@ class Workers:
         self._model = ThreadPoolExecutor(1, "model")
         self._bulk = asyncio.Lock()
         # Seconds of one image, or of one token, by encoder and kind; learnt from each pass.
-        self._cost: dict[tuple[int, str], float] = {}
+        self._cost: WeakKeyDictionary[Encoder, dict[str, float]] = WeakKeyDictionary()
+        self._waiting: dict[str, deque[tuple[Item, asyncio.Future[Any]]]] = {
+            kind: deque() for kind in self._limit
+        }
+        self._busy = {kind: asyncio.Lock() for kind in self._limit}
         # Made here, not declared on the class: Ray keeps one queue a function, and it belongs to
         # the event loop of its first call.
         self._shared = {kind: self._batched(kind, batching) for kind in self._limit}
 
     def _batched(self, kind: str, batching: Batching) -> Callable[[Item], Awaitable[Any]]:
         async def shared_pass(items: list[Item]) -> list[Any]:
-            return await self._shared_pass(kind, items)
+            return await self._coalesced(kind, items)
 
-        # One batch at a time: while it runs the next fills, and the model has one thread anyway.
+        # Ray closes a batch after its wait, full or not, also while the model is busy. So several
+        # may be open, and `_coalesced` puts together what has gathered when the model is free.
         batched: Callable[[Item], Awaitable[Any]] = serve.batch(
-            max_batch_size=self._limit[kind], batch_wait_timeout_s=batching.wait_ms / 1000
+            max_batch_size=self._limit[kind],
+            batch_wait_timeout_s=batching.wait_ms / 1000,
+            max_concurrent_batches=max(2, _OPEN_ITEMS // self._limit[kind]),
         )(shared_pass)
         return batched
 
@@ -92,6 +102,20 @@ class Workers:
             if isinstance(result, BaseException):
                 raise result
         return np.stack(results)
+
+    async def _coalesced(self, kind: str, items: list[Item]) -> list[Any]:
+        """Return the results of a batch, which shares its passes with the other open ones."""
+        futures = [asyncio.get_running_loop().create_future() for _ in items]
+        waiting = self._waiting[kind]
+        waiting.extend(zip(items, futures, strict=True))
+        async with self._busy[kind]:
+            while not all(future.done() for future in futures):
+                count = min(len(waiting), self._limit[kind])
+                taken = [waiting.popleft() for _ in range(count)]
+                results = await self._shared_pass(kind, [item for item, _ in taken])
+                for (_, future), result in zip(taken, results, strict=True):
+                    future.set_result(result)
+        return [future.result() for future in futures]
 
     async def _shared_pass(self, kind: str, items: list[Item]) -> list[Any]:
         """Return a feature, or the error of its pass, per item; each model has its own pass."""
@@ -129,7 +153,7 @@ class Workers:
         return np.concatenate(parts)
 
     def _pass_size(self, encoder: Encoder, kind: str, rows: NDArray[Any]) -> int:
-        cost = self._cost.get((id(encoder), kind))
+        cost = self._cost.get(encoder, {}).get(kind)
         if cost is None:
             return 1  # not measured yet: warm-up measures it before any request comes
         if kind == _TEXT:
@@ -146,9 +170,9 @@ class Workers:
         self._metrics.batch(kind, len(rows))
         self._metrics.stage("model", 1000 * seconds)
         work = len(rows) * (_length(rows) if kind == _TEXT else 1)
-        key = (id(encoder), kind)
+        costs = self._cost.setdefault(encoder, {})
         # A slow mean: a pass that another process disturbed must not shrink all that follow.
-        self._cost[key] = 0.9 * self._cost.get(key, seconds / work) + 0.1 * seconds / work
+        costs[kind] = 0.9 * costs.get(kind, seconds / work) + 0.1 * seconds / work
         return features
 
     async def warm_up(self, encoder: Encoder) -> None:
@@ -174,11 +198,6 @@ class Workers:
         """Encode the shortest text; raises what the model raises."""
         ids_1L, _ = encoder.tokenizer([""])
         await self._one_pass(encoder, _TEXT, ids_1L)
-
-    def forget(self, encoder: Encoder) -> None:
-        """Drop what was learnt of an encoder that is let go: its id may be another's soon."""
-        for kind in (_IMAGE, _TEXT):
-            self._cost.pop((id(encoder), kind), None)
 
 
 def _length(ids_NL: NDArray[np.int32]) -> int:

@@ -28,6 +28,9 @@ class Limits(Section):
     stored_prompts: PositiveInt = Field(
         100_000, description="labels x templates of a stored classifier"
     )
+    predictions: PositiveInt = Field(
+        10_000, description="images x top_k of a request to classify; the labels of its answer"
+    )
     stored_classifiers: PositiveInt = Field(100, description="stored classifiers of a key")
     request_s: float = Field(30, gt=0, description="seconds of a request, from its first byte")
     body_s: float = Field(15, gt=0, description="seconds in which a request's body must arrive")

@@ -33,6 +33,17 @@ def fill(template: str, name: str) -> str:
     raise ConfigError(f"prompt template {template!r}: expected {{c}} or {{}} for the class name")
 
 
+def filled_length(template: str, name_length: int) -> int:
+    """Return the characters of `fill(template, name)` for a name of so many, without making it.
+
+    A template may name the class many times, so a few kB of templates can stand for GB of text.
+    """
+    for place in ("{c}", "{}"):
+        if place in template:
+            return len(template) + template.count(place) * (name_length - len(place))
+    return len(template)
+
+
 def prompts(names: Sequence[str], templates: Sequence[str]) -> list[str]:
     """Return all sentences: N classes times T templates, the templates of a class together.
 

@@ -72,6 +72,10 @@ class ServedModel(Section):
         """NAME/VERSION, as requests and answers spell it."""
         return f"{self.name}/{self.version}"
 
+    def plain(self) -> ServedModel:
+        """Return the model alone, without what a `Target` has beside it."""
+        return ServedModel(**{name: getattr(self, name) for name in ServedModel.model_fields})
+
 
 class Target(ServedModel):
     """The whole `user_config` of a deployment: what is to be served now, and what still is."""

@@ -6,19 +6,20 @@ that was promoted into it unless another is asked for.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ray
-import yaml
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from clip_ray.config.serving import ServeConfig, check_auth
 from clip_ray.errors import ClusterError, ConfigError, RegistryError
 from clip_ray.registry import ALIAS, ServedModel, Target, store_model
 from clip_ray.runtime.cluster import absolute, check_storage
+from clip_ray.runtime.owner import read_config
 from clip_ray.runtime.rollout import exclusive, roll_out
 from clip_ray.runtime.serve_config import (
     IMPORT_PATH,
@@ -162,7 +163,9 @@ def announcement(config: ServeConfig, target: Target, url: str, running: Running
     ]
     if target.version.isdigit():  # in the registry
         lines.append(f"  new model  python jobs/promote.py --model {target.name} --version N")
-    if running is not None:
+    if running is None:
+        lines.append("  stop       serve shutdown --address http://HEAD:8265")
+    else:
         lines += [
             f"  status     RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={running.token} "
             f"serve status -a {running.dashboard}",
@@ -180,11 +183,11 @@ def _check_door(config: ServeConfig, host: str) -> None:
 def _remembered(config: ServeConfig, model: ServedModel) -> Target:
     """Return the target of a fresh start: the model before this one outlives a restart too."""
     state = open_store(config.state_uri, config.s3)
-    if state.exists(OWNER):
-        last = yaml.safe_load(state.read(OWNER))
-        for place in places(last):
-            if place.app == config.name:
-                return successor(model, place.target, config.keep_previous)
+    text = state.read(OWNER).decode() if state.exists(OWNER) else ""
+    # A damaged file costs the memory of what was served, and is written anew.
+    with contextlib.suppress(ConfigError):
+        last = find_place(read_config(text, OWNER), config.name, OWNER)
+        return successor(model, last.target, config.keep_previous)
     return successor(model, None, False)
 
 

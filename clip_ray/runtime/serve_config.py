@@ -144,7 +144,8 @@ def as_yaml(declared: dict[str, Any], config: ServeConfig, flag: str = "") -> st
         "# Deploy with jobs/deploy.py, or `serve deploy` this file: the model is in user_config,",
         "# which jobs/promote.py --target file --file FILE rewrites, here and in a running Serve.",
     ]
-    if declared["applications"][0]["deployments"][0]["user_config"]["digest"] == PLACEHOLDER:
+    text = dump(declared)
+    if PLACEHOLDER in text:
         lines.append("# It names no model yet: promote one into it, or give --model.")
     if config.profile != "local":
         env = haproxy_environment(config)
@@ -154,7 +155,7 @@ def as_yaml(declared: dict[str, Any], config: ServeConfig, flag: str = "") -> st
             "# HAProxy listens on all interfaces without authentication, for statistics (8404) and",
             "# metrics (9101): only behind a firewall or a network policy.",
         ]
-    return "\n".join(lines) + "\n" + dump(declared)
+    return "\n".join(lines) + "\n" + text
 
 
 def dump(declared: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -37,7 +38,8 @@ from clip_ray.runtime.serve_state import STATE, Running, read_running, write_run
 from clip_ray.runtime.serving import Live, places, quiet
 
 PROBE_S = 60.0  # HAProxy reloads once a replica is there, and checks it every 5 s
-DOWN_S = 150.0  # a request's last seconds, a drain, and Serve's own 30 s
+DRAIN_S = 100.0  # a request's last seconds, and Serve's own 30 s
+DOWN_S = DRAIN_S + 60
 _LISTENERS_S = 15.0
 _HAPROXY_PORTS = {
     "RAY_SERVE_HAPROXY_STATS_PORT": 8404,
@@ -115,15 +117,20 @@ def serve_in_foreground(
         _wait(say)
         return 1
     except SystemExit as stopped:
-        return int(stopped.code or 0)
+        # While it starts, Ray's own handler has the signal's number for its status.
+        number = int(stopped.code or 0)
+        return number if number > 128 else 128 + number
     finally:
         signals.ending = True
-        say("ending")
+        signals.own()
+        with contextlib.suppress(OSError):  # whoever listened may be gone, as with SIGHUP
+            say("ending")
         _end(running)
         (folder / STATE).unlink(missing_ok=True)
         for number, handler in before.items():
             signal.signal(number, handler)
-        say("ended: nothing of it listens any more")
+        with contextlib.suppress(OSError):
+            say("ended: nothing of it listens any more")
 
 
 def _plan(config: ServeConfig, folder: Path) -> tuple[ServeConfig, Running, dict[str, str]]:
@@ -144,7 +151,6 @@ def _plan(config: ServeConfig, folder: Path) -> tuple[ServeConfig, Running, dict
         # Its own directory: HAProxy's admin socket is open to whoever reaches it, and the name in
         # its command line proves that a process is ours.
         scratch = str(ray_temp() / f"ha-{secrets.token_hex(4)}")
-        Path(scratch).mkdir(mode=0o700)
         more = {k: str(processes.free_port("0.0.0.0", p)) for k, p in _HAPROXY_PORTS.items()}
         environment = {
             **haproxy_environment(config),
@@ -180,6 +186,8 @@ def _clear(folder: Path, say: Say) -> None:
             f"{folder / STATE}: application {left.name} was started on {left.machine}; end it "
             "there (make serve-down), or give this one another serve.state_uri"
         )
+    if left.alive():
+        raise ConfigError(f"{folder / STATE}: process {left.pid} has started Serve meanwhile")
     say(f"process {left.pid} was killed; ending what it left")
     _end_leftovers(left)
     (folder / STATE).unlink()
@@ -193,6 +201,8 @@ def _start_ray(config: ServeConfig, running: Running, say: Say) -> Running:
     os.environ |= {"RAY_AUTH_TOKEN_PATH": str(token), "RAY_TMPDIR": str(temp)}
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     quiet()
+    if running.scratch is not None:
+        Path(running.scratch).mkdir(mode=0o700)
     gpus = _gpus(config)
     # One replica more than there may be: new settings start beside the old.
     cpus = max(os.cpu_count() or 1, math.ceil(config.cpus * (config.max_replicas + 1)))
@@ -211,8 +221,7 @@ def _start_ray(config: ServeConfig, running: Running, say: Say) -> Running:
         )
     except Exception as error:  # Ray raises many kinds here
         raise ClusterError(f"a local Ray could not be started: {error}") from error
-    node: Any = ray._private.worker._global_node
-    pids = [info.process.pid for infos in node.all_processes.values() for info in infos]
+    pids = [info.process.pid for infos in _node().all_processes.values() for info in infos]
     return running.model_copy(
         update={
             "address": context.address_info["gcs_address"],
@@ -294,7 +303,7 @@ def probe(url: str, timeout_s: float) -> None:
 
 def _wait(say: Say) -> None:
     """Return when Serve has ended by itself."""
-    node: Any = ray._private.worker._global_node
+    node = _node()
     while True:
         for _ in range(10):
             time.sleep(0.5)
@@ -316,23 +325,32 @@ def _end(running: Running) -> None:
     if ray.is_initialized():
         # Ray prints how its controller's calls fail while Serve shuts down, which they must.
         with contextlib.redirect_stdout(io.StringIO()):
-            # Whatever state they are in, what is below ends them.
-            with contextlib.suppress(Exception):
-                _drain()
+            if not _node().dead_processes():
+                # Calls to a Ray that dies meanwhile may wait for ever.
+                drain = threading.Thread(target=_drain, daemon=True)
+                drain.start()
+                drain.join(DRAIN_S)
             ray.shutdown()
     _end_leftovers(running)
+
+
+def _node() -> Any:
+    """Return the Ray node that this process has started."""
+    return ray._private.worker._global_node
 
 
 def _drain() -> None:
     from ray import serve
 
-    live = Live.connect()
-    if live is None:
-        return
-    # The proxies end with Serve at once; first the replicas answer what they have begun.
-    for name in live.details()["applications"]:
-        serve.delete(name)
-    serve.shutdown()
+    # Whatever state Serve is in, what follows ends it.
+    with contextlib.suppress(Exception):
+        live = Live.connect()
+        if live is None:
+            return
+        # The proxies end with Serve at once; first the replicas answer what they have begun.
+        for name in live.details()["applications"]:
+            serve.delete(name)
+        serve.shutdown()
 
 
 def _end_leftovers(running: Running) -> None:

@@ -1,4 +1,4 @@
-"""Functions that a process connected to a running Serve executes for tests/runtime/test_serving.py.
+"""Functions that a process connected to a running Serve executes for the tests.
 
 A process of its own: pytest's must not be connected to a Ray that other tests do not know.
 """
@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import ray
 import yaml
 
 from clip_ray.registry import Target
@@ -47,6 +48,23 @@ def config() -> dict[str, Any]:
 def served() -> dict[str, dict[str, Any]]:
     """Return each replica's status."""
     return answers(_LIVE[0], _place()).given
+
+
+def confirmed() -> dict[str, int]:
+    """Return the pid of each replica that the controller lists and that serves the target."""
+    now = answers(_LIVE[0], _place())
+    return {name: now.given[name]["pid"] for name in now.confirmed(_place().target)}
+
+
+def target() -> Target:
+    """Return what the live config says is to be served."""
+    return _place().target
+
+
+def metrics_urls() -> list[str]:
+    """Return where the agents of the Ray's nodes answer Prometheus."""
+    nodes = ray.nodes()
+    return [f"http://{n['NodeManagerAddress']}:{n['MetricsExportPort']}/metrics" for n in nodes]
 
 
 def promote(target: Target, timeout_s: float = 30) -> tuple[list[str], str | None]:

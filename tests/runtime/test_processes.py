@@ -201,6 +201,47 @@ def test_ready_is_believed_only_when_it_answers(listener):
         probe(f"http://127.0.0.1:{processes.free_port('127.0.0.1')}", 0.1)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_it_once(number, capfd):
+    """The next ones do not disturb the ending."""
+    signals = serve_local._Signals()
+    before = {n: signal.getsignal(n) for n in signals.NUMBERS}
+    try:
+        signals.own()
+        with pytest.raises(SystemExit) as caught:
+            signal.raise_signal(number)
+        assert caught.value.code == 128 + number
+        signal.raise_signal(number)
+        assert "ending already" in capfd.readouterr().err
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+
+def test_gpus_that_are_not_there_are_told():
+    flags = "--serve.gpus 1 --serve.max_replicas 3 --serve.min_replicas 3"
+    config = load(*flags.split(), recipe=PROFILES / "local.yaml")
+    assert serve_local._gpus(config.model_copy(update={"declared_gpus": 3})) == 3
+    assert serve_local._gpus(config.model_copy(update={"gpus": 0})) == 0
+    with pytest.raises(ConfigError, match="3 replicas with 1 GPUs each, and 2 GPUs are there"):
+        serve_local._gpus(config.model_copy(update={"declared_gpus": 2}))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="HAProxy")
+def test_haproxy_keeps_to_its_own_directory_and_to_free_ports(tmp_path, listener):
+    """Its admin socket is open to whoever reaches it, and two may run on one machine."""
+    config = load("--serve.profile", "gpu", "--serve.port", "0", recipe=PROFILES / "local.yaml")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(serve_local._HAPROXY_PORTS, "RAY_SERVE_HAPROXY_STATS_PORT", listener)
+        chosen, made, environment = serve_local._plan(config, tmp_path)
+    assert chosen.port and listener not in made.more_ports and len(made.more_ports) == 3
+    assert environment["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+    paths = [value for name, value in environment.items() if name.endswith(("FILE", "PATH", "LOC"))]
+    assert len(paths) == 4 and all(path.startswith(f"{made.scratch}/") for path in paths)
+    assert float(environment["RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"]) > config.limits.request_s
+    assert serve_local._plan(config, tmp_path)[1].scratch != made.scratch
+
+
 # ---------------------------------------------------------------------- refused before any start
 
 

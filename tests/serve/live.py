@@ -9,20 +9,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 import httpx
 import numpy as np
 
 from clip_ray.registry import ServedModel, store_model
-from clip_ray.runtime.serve_state import Running, attached, read_running
-from clip_ray.runtime.serving import Live, Place, find_place
+from clip_ray.runtime.serve_state import Running, read_running
+from tests.runtime import serving_driver
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 180
 
@@ -35,29 +37,21 @@ class Deployed:
         process: jobs/deploy.py.
         running: what it says of itself.
         log: what it prints.
+        driver: a process that is connected to its Ray.
     """
 
     process: subprocess.Popen[bytes]
     running: Running
     log: Path
+    driver: ProcessPoolExecutor
 
     @property
     def url(self) -> str:
         return self.running.url
 
-    @contextmanager
-    def asked(self) -> Iterator[tuple[Live, Place]]:
-        """Connect this process to its Ray."""
-        before = {name: os.environ.get(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")}
-        try:
-            with attached(self.running) as live:
-                yield live, find_place(live.read(), None, "the Serve under test")
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
+    def ask(self, function: Callable[..., T], *args: Any) -> T:
+        """Call a function of tests.runtime.serving_driver in its process."""
+        return self.driver.submit(function, *args).result(180)
 
 
 @contextmanager
@@ -80,7 +74,8 @@ def deployed(folder: Path, model: ServedModel, *flags: str) -> Iterator[Deployed
             time.sleep(0.2)
         running = read_running(home)
         assert running is not None and stored.digest in log.read_text()
-        yield Deployed(process, running, log)
+        with serving_driver.start(home) as driver:
+            yield Deployed(process, running, log, driver)
     finally:
         process.send_signal(signal.SIGTERM)
         try:

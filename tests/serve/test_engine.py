@@ -177,6 +177,7 @@ def test_stored_classifiers_are_ready_before_a_model_is_swapped_in(tmp_path, mod
 
     async def run() -> None:
         engine = await started(tmp_path, models[0])
+        await asyncio.sleep(0.05)  # the start's own last look
 
         async def prepare(loaded, keep):  # type: ignore[no-untyped-def]
             seen.append((loaded.id, engine.pick(None).id, keep))
@@ -185,12 +186,96 @@ def test_stored_classifiers_are_ready_before_a_model_is_swapped_in(tmp_path, mod
         engine.prepare = prepare
         engine.retarget(target(models[1], models[0]))
         await settled(engine)
+        await asyncio.sleep(0.05)
         engine.close()
 
     asyncio.run(run())
     digests = frozenset({models[0].digest, models[1].digest})
     # Before the swap, and once more after it for what was stored meanwhile.
     assert seen == [(models[1].id, models[0].id, digests), (models[1].id, models[1].id, digests)]
+
+
+def test_stored_classifiers_that_take_for_ever_hold_no_swap_up(tmp_path, models, monkeypatch):
+    monkeypatch.setattr("serve.engine.PREPARE_S", 0.1)
+
+    async def run() -> None:
+        engine = await started(tmp_path, models[0])
+
+        async def prepare(loaded, keep):  # type: ignore[no-untyped-def]
+            await asyncio.sleep(3600)
+
+        engine.prepare = prepare
+        engine.retarget(target(models[1], models[0]))
+        assert (await settled(engine))["model"]["digest"] == models[1].digest
+        engine.close()
+
+    asyncio.run(run())
+
+
+def test_the_way_back_needs_no_store(tmp_path, models):
+    """The previous model is in memory: a rollback must not depend on anything else."""
+    copy = tmp_path / "copy"
+    shutil.copytree(models[0].uri, copy)
+    first = models[0].model_copy(update={"uri": str(copy)})
+
+    async def run() -> None:
+        engine = await started(tmp_path, first)
+        encoder = engine.pick(None).encoder
+        engine.retarget(target(models[1], first))
+        await settled(engine)
+        shutil.rmtree(copy)
+        engine.retarget(target(first, models[1]))
+        status = await settled(engine)
+        assert status["state"] == "ready" and status["model"]["digest"] == first.digest
+        assert engine.pick(None).encoder is encoder
+        engine.close()
+
+    asyncio.run(run())
+
+
+def test_batches_fill_while_the_model_is_busy(tmp_path, models, monkeypatch):
+    """32 callers, a pass of 20 ms however large: passes of one image would take 3 s."""
+
+    async def run() -> None:
+        engine = await started(tmp_path, models[0])
+        loaded = engine.pick(None)
+        encode_pixels = Encoder.encode_pixels
+
+        def slow(self, pixels):  # type: ignore[no-untyped-def]
+            time.sleep(0.02)
+            return encode_pixels(self, pixels)
+
+        monkeypatch.setattr(Encoder, "encode_pixels", slow)
+        monkeypatch.setattr(engine.workers, "_pass_size", lambda *_: 16)
+        passes = engine.metrics.counts["batch", "image"]
+
+        async def caller(number: int) -> None:
+            await asyncio.sleep(0.003 * number)  # never two within a batch's wait
+            for _ in range(4):
+                await engine.embed_images(loaded, [picture(number)], ["input"])
+
+        await asyncio.gather(*(caller(number) for number in range(32)))
+        assert engine.metrics.counts["batch", "image"] - passes < 32 * 4 / 4
+        engine.close()
+
+    asyncio.run(run())
+
+
+def test_memory_is_reserved_for_pixels_and_given_back(tmp_path, models):
+    async def run() -> None:
+        engine = await started(tmp_path, models[0], limits={"memory_mb": 0.08})
+        loaded = engine.pick(None)
+        calls = [
+            engine.embed_images(loaded, [picture(i) for i in range(4)], ["input"] * 4)
+            for _ in range(6)
+        ]
+        await asyncio.gather(*calls)
+        budget = engine._input_budget
+        # Four images of 3 x 32 x 32 are more than the share: one request at a time.
+        assert (budget.in_use, budget.peak) == (0, budget.total)
+        engine.close()
+
+    asyncio.run(run())
 
 
 def test_a_bad_image_is_named_and_fails_no_neighbour(tmp_path, models):
@@ -217,7 +302,7 @@ def test_too_many_pixels_are_refused_on_the_header(tmp_path, models):
         with pytest.raises(ApiError) as error:
             await engine.embed_images(engine.pick(None), [picture(0)], ["input"])
         assert (error.value.status, error.value.code) == (413, "too_many_pixels")
-        assert engine.workers._metrics.counts["stage", "decode"] == 0
+        assert engine.metrics.counts["stage", "decode"] == 0
         engine.close()
 
     asyncio.run(run())

@@ -16,7 +16,7 @@ import pytest
 
 from clip_ray import keys
 from clip_ray.registry import ServedModel
-from clip_ray.runtime.rollout import answers
+from tests.runtime import serving_driver as driver
 from tests.serve.live import Deployed, client, deployed, features_of, until
 from tests.serve.models import picture
 from tests.serve.support import data_uri, offline
@@ -50,11 +50,6 @@ def live(
     flags += ["--serve.auth", "keys", "--serve.keys_file", str(key_file)]
     with deployed(tmp_path_factory.mktemp("live"), served, *flags) as running:
         yield running
-
-
-def replica_pids(live: Deployed) -> dict[str, int]:
-    with live.asked() as (serve, place):
-        return {name: status["pid"] for name, status in answers(serve, place).given.items()}
 
 
 def test_answers_are_the_encoders_and_name_the_model(live, served, two_keys):
@@ -104,7 +99,7 @@ def test_a_killed_replica_costs_its_own_requests_and_no_classifier(live, two_key
         assert seen == [200] * 12 and time.monotonic() - started < 5
         body = {"input": {"image": data_uri(picture(1))}, "classifier": "colours"}
         before = http.post("/v1/classify", json=body).json()
-        pids = replica_pids(live)
+        pids = live.ask(driver.confirmed)
         assert len(pids) == 2
         victim = sorted(pids.values())[0]
         os.kill(victim, signal.SIGKILL)
@@ -115,14 +110,12 @@ def test_a_killed_replica_costs_its_own_requests_and_no_classifier(live, two_key
             except httpx.TransportError:
                 failed += 1
         assert failed <= 2  # those that were sent before the death was noticed
-        with live.asked() as (serve, place):
 
-            def restored() -> bool:
-                now = answers(serve, place)
-                alive = {status["pid"] for status in now.given.values()}
-                return len(now.confirmed(place.target)) == 2 and victim not in alive
+        def restored() -> bool:
+            alive = live.ask(driver.confirmed).values()
+            return len(alive) == 2 and victim not in alive
 
-            took = until(restored, 30, "the killed replica's place was not filled in 30 s")
+        took = until(restored, 30, "the killed replica's place was not filled in 30 s")
         print(f"two replicas again after {took:.1f} s")
         for _ in range(12):  # the new one has read the classifier from the state directory
             again = http.post("/v1/classify", json=body).json()
@@ -159,13 +152,9 @@ def test_the_agent_exports_what_was_counted(live, two_keys):
 
 def scrape(live: Deployed) -> list[tuple[str, dict[str, str], float]]:
     """Return the samples that Ray's agents export, as Prometheus would see them."""
-    import ray
-
     samples = []
-    with live.asked():
-        ports = [(node["NodeManagerAddress"], node["MetricsExportPort"]) for node in ray.nodes()]
-    for host, port in ports:
-        text = httpx.get(f"http://{host}:{port}/metrics", trust_env=False).text
+    for url in live.ask(driver.metrics_urls):
+        text = httpx.get(url, trust_env=False).text
         for line in text.splitlines():
             match = re.match(r"(\w+)(?:\{(.*)\})? ([0-9.e+-]+)$", line)
             if match:

@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 
 from clip_ray.registry import ServedModel, store_model
-from clip_ray.runtime.rollout import answers, roll_out
-from clip_ray.runtime.serving import successor, with_target
+from clip_ray.runtime.serving import successor
+from tests.runtime import serving_driver as driver
 from tests.serve.live import Load, deployed, load, until
 from tests.serve.models import export, picture
 from tests.serve.support import data_uri, offline
@@ -71,12 +71,10 @@ def test_a_promotion_under_load_fails_no_request_and_mixes_no_versions(tmp_path,
     with deployed(tmp_path, models[0], *flags) as live, loaded(live.url, 4, 0.02) as end:
         time.sleep(8)
         promoted_at = time.monotonic()
-        with live.asked() as (serve, place):
-            second = store_model(models[1].uri, tmp_path / "models", name="clip")
-            target = successor(second, place.target, keep_previous=True)
-            wanted = type(place)(place.app, place.deployment, target, place.args)
-            config = with_target(serve.read(), place, target)
-            assert len(roll_out(serve, config, wanted, 120)) == replicas
+        second = store_model(models[1].uri, tmp_path / "models", name="clip")
+        target = successor(second, live.ask(driver.target), keep_previous=True)
+        confirmed, error = live.ask(driver.promote, target, 120)
+        assert error is None and len(confirmed) == replicas
         done_at = time.monotonic()
         time.sleep(5)
         seen = end()
@@ -104,17 +102,14 @@ def test_a_killed_replica_loses_only_what_it_had_in_flight(tmp_path, models):
     flags = ["--serve.min_replicas", "2", "--serve.max_replicas", "2", "--serve.cpus", "0.5"]
     with deployed(tmp_path, models[0], *flags) as live, loaded(live.url, clients) as end:
         time.sleep(4)
-        with live.asked() as (serve, place):
-            pids = {s["pid"] for s in answers(serve, place).given.values()}
-            victim = sorted(pids)[0]
-            os.kill(victim, signal.SIGKILL)
+        victim = sorted(live.ask(driver.confirmed).values())[0]
+        os.kill(victim, signal.SIGKILL)
 
-            def restored() -> bool:
-                now = answers(serve, place)
-                alive = {status["pid"] for status in now.given.values()}
-                return len(now.confirmed(place.target)) == 2 and victim not in alive
+        def restored() -> bool:
+            alive = live.ask(driver.confirmed).values()
+            return len(alive) == 2 and victim not in alive
 
-            took = until(restored, 30, "capacity was not back within 30 s")
+        took = until(restored, 30, "capacity was not back within 30 s")
         time.sleep(2)
         seen = end()
     print(f"\n{len(seen.failures)} of {clients} in flight failed; two replicas after {took:.1f} s")
@@ -127,10 +122,10 @@ def test_the_autoscaler_goes_up_under_load_and_down_after_it_without_an_error(tm
     flags += ["--serve.target_ongoing", "3", "--serve.upscale_delay_s", "2"]
     flags += ["--serve.downscale_delay_s", "5"]
     counts = []
-    with deployed(tmp_path, models[0], *flags) as live, live.asked() as (serve, place):
+    with deployed(tmp_path, models[0], *flags) as live:
 
         def replicas() -> int:
-            counts.append(len(answers(serve, place).confirmed(place.target)))
+            counts.append(len(live.ask(driver.confirmed)))
             return counts[-1]
 
         assert replicas() == 1
@@ -154,8 +149,7 @@ def test_memory_stays_bounded_under_a_flood_of_huge_images(tmp_path, models):
     body, kind = request.read(), request.headers["content-type"]
     flags = ["--serve.cpus", "1", "--serve.limits.request_s", "20"]
     with deployed(tmp_path, models[0], *flags) as live:
-        with live.asked() as (serve, place):
-            (pid,) = {s["pid"] for s in answers(serve, place).given.values()}
+        (pid,) = live.ask(driver.confirmed).values()
         replica = psutil.Process(pid)
         base = replica.memory_info().rss
         peak, stop = [base], threading.Event()

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ class Result:
         received: bytes of answers' bodies.
         seconds: of the window, as it was.
         cpu_s: CPU seconds in the window by process name, and of `client`.
-        others: CPUs that all other processes of the machine kept busy in the window.
+        others: CPUs that what is neither server nor client kept busy in the window.
     """
 
     rate: float = 0.0
@@ -98,13 +98,16 @@ class Result:
         return {name: 1000 * s / done for name, s in self.cpu_s.items()}
 
 
-def measure(plan: Plan, request: Request, processes: Mapping[int, str]) -> Result:
+def measure(
+    plan: Plan, request: Request, processes: Mapping[int, str], idle: Collection[int] = ()
+) -> Result:
     """Run a plan in a process of its own.
 
     Args:
         plan: the load.
         request: what is sent.
-        processes: the servers' processes by id, with the names to sum CPU time under.
+        processes: the server's processes by id, with the names to sum CPU time under.
+        idle: processes of servers that wait for their turn; they are not `others`.
 
     Raises:
         RuntimeError: the load generator failed or hung.
@@ -113,6 +116,7 @@ def measure(plan: Plan, request: Request, processes: Mapping[int, str]) -> Resul
         "plan": asdict(plan),
         "raw": [base64.b64encode(raw).decode() for raw in request.raw()],
         "processes": {str(pid): name for pid, name in processes.items()},
+        "idle": list(idle),
     }
     done = subprocess.run(
         [sys.executable, "-m", "tests.benchmarks.serving.load"],
@@ -191,10 +195,18 @@ class Generator:
         plan: the load.
         raw: whole requests, sent in turn.
         processes: whose CPU time is taken at both ends of the window.
+        idle: processes whose CPU time is not `others`.
     """
 
-    def __init__(self, plan: Plan, raw: Sequence[bytes], processes: Mapping[int, str]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        raw: Sequence[bytes],
+        processes: Mapping[int, str],
+        idle: Collection[int] = (),
+    ) -> None:
         self._plan, self._raw, self._processes = plan, raw, processes
+        self._idle_servers = dict.fromkeys(idle, "")
         self._next = 0
         self._idle: list[Connection] = []
         self._open = 0
@@ -227,7 +239,7 @@ class Generator:
         return self._finished()
 
     async def _measured(self, load: Any) -> None:
-        cpu, own, busy = cpu_seconds(self._processes), _own_cpu(), _busy_cpu()
+        cpu, own, others = cpu_seconds(self._processes), _own_cpu(), self._others_s()
         start = time.perf_counter()
         self._window = (start, start + self._plan.seconds)
         await load
@@ -235,8 +247,11 @@ class Generator:
         after = cpu_seconds(self._processes)
         spent = {name: after.get(name, 0.0) - before for name, before in cpu.items()}
         self._result.cpu_s = {**spent, "client": _own_cpu() - own}
-        others = _busy_cpu() - busy - sum(self._result.cpu_s.values())
+        others = self._others_s() - others - sum(self._result.cpu_s.values())
         self._result.others = max(0.0, others / self._result.seconds)
+
+    def _others_s(self) -> float:
+        return _busy_cpu() - sum(cpu_seconds(self._idle_servers).values())
 
     async def _arrivals(self, gaps: random.Random, seconds: float) -> None:
         """Send at random times; a late wake-up sends at once what is due."""
@@ -359,6 +374,7 @@ def _main() -> None:
         Plan(**job["plan"]),
         [base64.b64decode(raw) for raw in job["raw"]],
         {int(pid): name for pid, name in job["processes"].items()},
+        job["idle"],
     )
     json.dump(asdict(uvloop.run(generator.run())), sys.stdout)
 

@@ -1,8 +1,8 @@
 """Compares servers side by side: rounds interleaved, medians, tables, JSON.
 
-Machines that run this are shared and noisy: only ratios of one run mean something. One case:
+Machines that run this are shared and noisy: only ratios of one run mean something. Some cases:
 
-    python tests/benchmarks/serving/run.py embed --servers plain,proxy,haproxy --out embed.json
+    python tests/benchmarks/serving/run.py embed raw --servers plain,proxy,haproxy --out out.json
     python tests/benchmarks/serving/run.py embed --servers haproxy,haproxy+RAY_SERVE_LOG_TO_STDERR=0
 """
 
@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 if not __package__:  # run as a file
     sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
+from clip_ray.registry import Target
 from tests.benchmarks.serving import cases
 from tests.benchmarks.serving.load import ROOT, Plan, Request, Result, measure
 from tests.benchmarks.serving.servers import CPUS, KINDS, Kind, Server, running
@@ -37,7 +39,7 @@ CASES = {
 CLIENTS = (1, 8, 32)
 SHARES = (0.5, 0.8, 1.1)  # of capacity, open loop
 ROUNDS, SECONDS = 5, 3.0
-QUIET, TRIES = 0.25, 3  # CPUs of other work above which a window is measured again, and how often
+QUIET, TRIES = 0.2, 3  # CPUs of other work above which a window is measured again, and how often
 
 
 @dataclass
@@ -73,12 +75,21 @@ class Row:
 
 @dataclass(frozen=True)
 class Load:
-    """A request and how it is sent: by so many clients, or at a share of each server's capacity."""
+    """A request and how it is sent.
+
+    Attributes:
+        label: as in tables.
+        request: what is sent.
+        clients: closed loop: how many send.
+        share: open loop: at this share of the rate that the server had under the load `of`.
+        of: label of a closed loop that was measured before.
+    """
 
     label: str
     request: Request
     clients: int | None = None
     share: float | None = None
+    of: str = ""
 
 
 def compare(
@@ -86,7 +97,8 @@ def compare(
     loads: Sequence[Load],
     rounds: int = ROUNDS,
     seconds: float = SECONDS,
-    capacity: dict[str, float] | None = None,
+    before: Sequence[Row] = (),
+    each_round: Callable[[], None] | None = None,
 ) -> list[Row]:
     """Measure every server under every load, round by round, and return medians.
 
@@ -95,24 +107,29 @@ def compare(
         loads: each with all servers in turn before the next one.
         rounds: of all of it.
         seconds: of a window.
-        capacity: requests/s by server, for loads that are a share of it.
+        before: what was measured before, for loads that are a share of it.
+        each_round: what else is measured, once a round.
     """
     found: dict[tuple[str, str], list[Result]] = defaultdict(list)
     for number in range(rounds):
         for load in loads:
             for server in servers:
-                rate = load.share * (capacity or {})[server.kind.name] if load.share else None
+                name = server.kind.name
+                rate = load.share * find(before, name, load.of).rate if load.share else None
                 plan = Plan(server.port, seconds, load.clients, rate, seed=number)
-                result = _undisturbed(server, plan, load.request)
-                found[server.kind.name, load.label].append(result)
+                idle = [pid for s in servers if s is not server for pid in s.processes()]
+                result = _undisturbed(server, plan, load.request, idle)
+                found[name, load.label].append(result)
+        if each_round is not None:
+            each_round()
     return [_row(name, label, results) for (name, label), results in found.items()]
 
 
-def _undisturbed(server: Server, plan: Plan, request: Request) -> Result:
+def _undisturbed(server: Server, plan: Plan, request: Request, idle: list[int]) -> Result:
     """Measure, again where other work of the machine took part; the quietest window counts."""
-    results = []
+    results: list[Result] = []
     for _ in range(TRIES):
-        results.append(measure(plan, request, server.processes()))
+        results.append(measure(plan, request, server.processes(), idle))
         if results[-1].others < QUIET:
             break
     return min(results, key=lambda result: result.others)
@@ -153,28 +170,22 @@ def _median(values: Iterable[float]) -> float:
     return statistics.median(list(values))
 
 
-def table(rows: Sequence[Row], baseline: str | None = None) -> str:
-    """Return rows as text; with a baseline, rates are also given as multiples of that server's."""
+def table(rows: Sequence[Row], baseline: str) -> str:
+    """Return rows as text, with rates also as multiples of the baseline server's."""
     base = {row.load: row.rate for row in rows if row.server == baseline}
-    lines = [
-        "server | load | req/s | ratio | p50 | p95 | p99 ms | failed | others | CPU-ms a request"
-    ]
-    for row in sorted(
-        rows, key=lambda row: (_order(rows, "load", row), _order(rows, "server", row))
-    ):
+    servers = list(dict.fromkeys(row.server for row in rows))
+    loads = list(dict.fromkeys(row.load for row in rows))
+    lines = ["load | server | req/s | ratio | p50 | p95 | p99 ms | failed | others | CPU-ms"]
+    for row in sorted(rows, key=lambda r: (loads.index(r.load), servers.index(r.server))):
         ratio = f"{row.rate / base[row.load]:.2f}" if base.get(row.load) else "-"
-        times = " | ".join(f"{row.latency.get(p, float('nan')):.1f}" for p in ("p50", "p95", "p99"))
+        times = " | ".join(f"{row.latency.get(p, math.nan):.1f}" for p in ("p50", "p95", "p99"))
         shown = {n: ms for n, ms in row.cpu_ms.items() if ms >= 0.005 and n != "client"}
         cpu = ", ".join(f"{n} {ms:.2f}" for n, ms in sorted(shown.items(), key=lambda x: -x[1]))
         lines.append(
-            f"{row.server} | {row.load} | {row.rate:.1f} | {ratio} | {times} | {row.failed or 0} | "
-            f"{row.others:.2f} | {row.server_cpu_ms():.2f} = {cpu}; client {row.cpu_ms.get('client', 0):.2f}"
+            f"{row.load} | {row.server} | {row.rate:.1f} | {ratio} | {times} | "
+            f"{row.failed or 0} | {row.others:.2f} | {row.server_cpu_ms():.2f} = {cpu}"
         )
     return "\n".join(lines)
-
-
-def _order(rows: Sequence[Row], name: str, row: Row) -> int:
-    return [getattr(other, name) for other in rows].index(getattr(row, name))
 
 
 def find(rows: Sequence[Row], server: str, load: str) -> Row:
@@ -182,14 +193,16 @@ def find(rows: Sequence[Row], server: str, load: str) -> Row:
     return next(row for row in rows if (row.server, row.load) == (server, load))
 
 
-def closed(request: Request, clients: Sequence[int] = CLIENTS, label: str = "") -> list[Load]:
-    """Return closed loops."""
-    return [Load(f"{label}c={count}", request, clients=count) for count in clients]
+def closed(case: str, clients: Sequence[int] = CLIENTS) -> list[Load]:
+    """Return a case's closed loops."""
+    request = CASES[case](cases.pictures())
+    return [Load(f"{case} c={count}", request, clients=count) for count in clients]
 
 
-def opened(request: Request, label: str = "") -> list[Load]:
-    """Return open loops, at shares of the capacity that c=32 found."""
-    return [Load(f"{label}open {share:.0%}", request, share=share) for share in SHARES]
+def opened(case: str) -> list[Load]:
+    """Return a case's open loops, at shares of the capacity that 32 clients found."""
+    request = CASES[case](cases.pictures())
+    return [Load(f"{case} open {s:.0%}", request, share=s, of=f"{case} c=32") for s in SHARES]
 
 
 def store_classifier(servers: Iterable[Server]) -> None:
@@ -200,19 +213,46 @@ def store_classifier(servers: Iterable[Server]) -> None:
         server.send("PUT", path, cases.classifier_definition(), headers)
 
 
-def bare_rates(model: str, count: int, seconds: float) -> dict[str, float]:
-    """Return items/s of decode + encode without any server, in a process of its own.
+class Bare:
+    """Decode + encode without a server, measured once a round; `rows` gives the medians.
 
-    `serial` is `Encoder.encode_images`; `pipelined` has as many decoding threads as a replica, and
-    the model in a thread of its own, as a replica does.
+    Args:
+        target: the model.
+        count: images of a group.
+        seconds: of a window.
     """
-    command = [sys.executable, "-m", "tests.benchmarks.serving.bare", model, str(count)]
-    done = subprocess.run(
-        [*command, str(seconds), str(CPUS)],
-        cwd=ROOT, check=True, stdout=subprocess.PIPE, timeout=10 * seconds + 120,
-    )  # fmt: skip
-    rates: dict[str, float] = json.loads(done.stdout)
-    return rates
+
+    def __init__(self, target: Target, count: int = cases.IMAGES, seconds: float = SECONDS) -> None:
+        self._command = [
+            *(sys.executable, "-m", "tests.benchmarks.serving.bare"),
+            *(target.uri, str(count), str(seconds), str(CPUS)),
+        ]
+        self._count = count
+        self._found: list[dict[str, float]] = []
+
+    def __call__(self) -> None:
+        """Measure, in a process of its own."""
+        done = subprocess.run(
+            self._command, cwd=ROOT, check=True, stdout=subprocess.PIPE, timeout=300
+        )
+        self._found.append(json.loads(done.stdout))
+
+    def rows(self, load: str) -> list[Row]:
+        """Return a row a loop, in groups of `count` images a second."""
+        return [
+            Row(
+                server=f"bare {name}",
+                load=load,
+                rate=items / self._count,
+                latency={},
+                cpu_ms={},
+                failed={},
+                received=0,
+                rates=[round(found[name] / self._count, 1) for found in self._found],
+                others=0.0,
+            )
+            for name, items in _medians(self._found).items()
+        ]
 
 
 def parse_kind(text: str) -> Kind:
@@ -234,10 +274,10 @@ def write(path: str | Path, content: Any) -> None:
 
 
 def main() -> None:
-    """Run one case; see the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("case", choices=CASES)
-    parser.add_argument("--servers", default="plain,proxy,haproxy,throughput")
+    """Run cases; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("cases", nargs="+", choices=CASES)
+    parser.add_argument("--servers", default=",".join(KINDS))
     parser.add_argument("--clients", default=",".join(map(str, CLIENTS)))
     parser.add_argument("--open", action="store_true", help="open loops too; needs 32 clients")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
@@ -245,17 +285,20 @@ def main() -> None:
     parser.add_argument("--out", help="JSON file")
     args = parser.parse_args()
     kinds = [parse_kind(text) for text in args.servers.split(",")]
-    request = CASES[args.case](cases.pictures())
+    clients = [int(count) for count in args.clients.split(",")]
     with tempfile.TemporaryDirectory(prefix="crb-") as temp:
         target = cases.write_model(Path(temp) / "model")
+        bare = Bare(target, seconds=args.seconds) if "form" in args.cases else None
         with running(kinds, target) as servers:
-            if args.case == "stored":
+            if "stored" in args.cases:
                 store_classifier(servers)
-            loads = closed(request, [int(count) for count in args.clients.split(",")])
-            rows = compare(servers, loads, args.rounds, args.seconds)
+            loads = [load for case in args.cases for load in closed(case, clients)]
+            rows = compare(servers, loads, args.rounds, args.seconds, each_round=bare)
             if args.open:
-                capacity = {kind.name: find(rows, kind.name, "c=32").rate for kind in kinds}
-                rows += compare(servers, opened(request), args.rounds, args.seconds, capacity)
+                loads = [load for case in args.cases for load in opened(case)]
+                rows += compare(servers, loads, args.rounds, args.seconds, before=rows)
+    if bare is not None:
+        rows += bare.rows(f"form c={clients[-1]}")
     print(table(rows, kinds[0].name))
     if args.out:
         write(args.out, rows)

@@ -289,6 +289,7 @@ def _run_plain(job: dict[str, Any]) -> None:
     import uvloop
 
     from clip_ray.storage import open_store
+    from serve.app import _set_up_logs
     from serve.classifiers import ClassifierStore
     from serve.engine import Engine
     from serve.fetch import Fetcher
@@ -296,6 +297,7 @@ def _run_plain(job: dict[str, Any]) -> None:
     from serve.routes import create_app
 
     settings = AppSettings.model_validate(job["settings"])
+    _set_up_logs()  # a line a request is written here too
 
     async def run() -> None:
         _pretend_to_be_a_replica(settings.limits.ongoing)
