@@ -23,12 +23,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[test]'
 	@touch $@
 
+# What a make command needs to find the same runs again.
+MORE := $(if $(filter-out runs,$(STORAGE)), STORAGE=$(STORAGE))
+
 quickstart: install  ## pre-train, evaluate and promote a small CLIP on the bundled data
 	@$(BIN)/python jobs/pretrain.py --run.storage $(STORAGE)
 	@$(BIN)/python jobs/promote.py --model quickstart --storage $(STORAGE)
 	@echo
 	@echo "next:"
-	@echo "  make ui                                                  browse the run in MLflow"
+	@echo "  make serve$(MORE)                                              serve it: demo page, API"
+	@echo "  make ui$(MORE)                                                 browse the run in MLflow"
 	@echo "  $(BIN)/python jobs/pretrain.py --run.storage $(STORAGE) --run.extend 200   go on from where it ended"
 	@echo "  $(BIN)/python jobs/prepare.py --help                     make shards of your own pictures"
 	@echo "  $(BIN)/python jobs/evaluate.py --model $(STORAGE)/quickstart --dataset $(STORAGE)/bundled/starter"
@@ -44,7 +48,8 @@ serve-down: install  ## end what make serve started, from another terminal
 	@$(BIN)/python jobs/deploy.py --down --storage $(STORAGE)
 
 test: install  ## unit and Ray integration tests (under 15 minutes on 2 cores)
-	@$(BIN)/python -m pytest -m "$(NOT_SELECTED)"
+	@# Two processes: the tests that use Ray, and all others beside them (tests/conftest.py).
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m "$(NOT_SELECTED)"
 
 test-slow: install  ## the tests that take minutes each
 	@$(BIN)/python -m pytest -m "slow"

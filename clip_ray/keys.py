@@ -39,6 +39,7 @@ from clip_ray.errors import ConfigError
 FORMAT: Final = 1
 # infer: embeddings, classify, rank, models, reading classifiers; classifiers: PUT and DELETE.
 SCOPES = ("infer", "classifiers")
+LOCK_S = 10  # wait for another writer, who needs milliseconds
 _PREFIX = "cr-"
 _SPAN = re.compile(r"(\d+)([dhm])")
 _UNITS = {"d": "days", "h": "hours", "m": "minutes"}
@@ -384,6 +385,9 @@ def _changing(file: str) -> Iterator[Path]:
 
     Yields:
         The path to write: a link's target, so that the link stays.
+
+    Raises:
+        ConfigError: another writer has had the lock for LOCK_S; the file cannot be written.
     """
     path = Path(os.path.realpath(file))
     try:
@@ -391,7 +395,7 @@ def _changing(file: str) -> Iterator[Path]:
         # The lock stays: deleting it would let a waiting writer and a new one both in.
         lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            _lock(lock, file)
             yield path
         finally:
             os.close(lock)
@@ -400,6 +404,21 @@ def _changing(file: str) -> Iterator[Path]:
             f"{file}: cannot change the keys ({error.strerror}); a mounted secret is read-only: "
             "change the file that it is made from"
         ) from error
+
+
+def _lock(descriptor: int, file: str) -> None:
+    deadline = time.monotonic() + LOCK_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise ConfigError(
+                    f"{file}: another process has changed the keys for {LOCK_S:g} s and not "
+                    f"finished; end what holds {file}.lock, then try again"
+                ) from None
+        time.sleep(0.05)
 
 
 def _replace(path: Path, content: _File) -> None:

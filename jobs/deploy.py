@@ -26,7 +26,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--profile", choices=("local", "gpu", "cluster"), default="local")
     parser.add_argument("--model", help="short for --serve.model; default: the only champion")
-    parser.add_argument("--print", action="store_true", help="print the declarative config only")
+    parser.add_argument(
+        "--print", action="store_true", help="print the declarative config; store nothing"
+    )
     parser.add_argument("--down", action="store_true", help="end the Serve that runs here")
     parser.add_argument("--tracking_uri", help="MLflow's address")
     parser.add_argument("--storage", default="runs", help="run.storage, which holds mlflow.db")

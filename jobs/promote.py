@@ -5,6 +5,7 @@ python jobs/promote.py --model clip --version 3     # any other: also the way ba
 python jobs/promote.py --model clip --check         # does every replica serve the champion?
 
 A Serve that runs here and serves the model gets it first; without one only the alias moves.
+With --target file or rayservice the alias moves if a Serve can be asked (--address HEAD:6379).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", required=True, help="registered model's name")
-    add("--version", help="its version; default: the latest")
+    add("--version", help="its version; default: the latest, with --drop-previous the served one")
     add("--target", choices=("serve", "rayservice", "file", "none"), help="where it goes")
     add("--file", help="YAML file of --target file: a Serve config, or a RayService's manifest")
     add("--rayservice", help="[NAMESPACE/]NAME of --target rayservice, patched with kubectl")
@@ -40,9 +41,8 @@ def main() -> int:
     add("--drop-previous", action="store_true", help="the model before it need not be answerable")
     add("--timeout_s", type=float, default=300, help="seconds in which all replicas must serve it")
     add("--check", action="store_true", help="compare what is served with the champion; 0 = same")
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--tracking_uri", help="MLflow's address")
-    where.add_argument("--storage", default="runs", help="run.storage, which holds mlflow.db")
+    add("--tracking_uri", help="MLflow's address")
+    add("--storage", default="runs", help="run.storage, which holds mlflow.db")
     given = vars(parser.parse_args())
     storage, job = given.pop("storage"), check if given.pop("check") else promote
     try:

@@ -7,6 +7,7 @@ and errors, which are serve.middleware's, and what a request may contain, which 
 from __future__ import annotations
 
 import asyncio
+import heapq
 import json
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,10 +33,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Floats = NDArray[np.float32]
 
-TOP_K = 5
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
 _INLINE = 256 * 1024  # bytes of a body that are parsed at once; a thread costs 0.1 ms
 _PRODUCTS = 4_000_000  # multiplications of a matrix product on the event loop, about 1 ms
+_PREDICTIONS = 1000  # of an answer that is made on the event loop, about 3 ms
+_LABEL_CHARS = 2_000_000  # of all labels in an answer; JSON takes up to 12 bytes for each
 _FETCHES = 4  # images of a request that are fetched at once
 
 
@@ -109,34 +111,39 @@ class Api:
                 f"top_k {wanted.top_k}: there are {len(labels)} labels",
                 param="top_k",
             )
-        top_k = wanted.top_k or min(TOP_K, len(labels))
+        top_k = wanted.top_k or min(inputs.TOP_K, len(labels))
+        _check_label_chars(len(wanted.items), labels, top_k)
         scoring = wanted.scoring or definition.scoring
         features_NE, _ = await self._embed(exchange, loaded, wanted.items)
-        scored = await _compute(
-            len(features_NE) * matrix_CE.size,
-            lambda: answers.classify(features_NE, matrix_CE, loaded.logit_scale, scoring, top_k),
-        )
-        data = [
-            {
-                "index": index,
-                "predictions": [
-                    {"label": labels[c], "score": score, "logit": logit, "label_index": c}
-                    for c, score, logit in best
-                ],
-            }
-            for index, best in enumerate(scored)
-        ]
-        return json_response(
-            {
-                "object": "classify",
-                "data": data,
-                "scoring": scoring,
-                "classifier": wanted.classifier,
-                "cached": cached,
-                "usage": answers.usage(0, wanted.items),
-                **answers.provenance(loaded),
-            }
-        )
+
+        def respond() -> Response:
+            scored = answers.classify(features_NE, matrix_CE, loaded.logit_scale, scoring, top_k)
+            data = [
+                {
+                    "index": index,
+                    "predictions": [
+                        {"label": labels[c], "score": score, "logit": logit, "label_index": c}
+                        for c, score, logit in best
+                    ],
+                }
+                for index, best in enumerate(scored)
+            ]
+            return json_response(
+                {
+                    "object": "classify",
+                    "data": data,
+                    "scoring": scoring,
+                    "classifier": wanted.classifier,
+                    "cached": cached,
+                    "usage": answers.usage(0, wanted.items),
+                    **answers.provenance(loaded),
+                }
+            )
+
+        is_large = len(features_NE) * matrix_CE.size > _PRODUCTS
+        if is_large or len(features_NE) * top_k > _PREDICTIONS:
+            return await asyncio.to_thread(respond)
+        return respond()
 
     async def rank(self, request: Request) -> Response:
         """Answer POST /v1/rank."""
@@ -175,13 +182,13 @@ class Api:
         data = []
         for listed in await self.classifiers.list(exchange.namespace):
             entry: dict[str, Any] = {"object": "classifier", "id": listed.id}
-            if listed.definition is not None:
-                entry["labels"] = len(listed.definition.labels)
-                entry["templates"] = len(listed.definition.templates)
-                entry["scoring"] = listed.definition.scoring
-                entry["created"] = listed.definition.created
             if listed.error is not None:
                 entry["error"] = listed.error
+            else:
+                entry["labels"] = listed.labels
+                entry["templates"] = listed.templates
+                entry["scoring"] = listed.scoring
+                entry["created"] = listed.created
             data.append(entry)
         return json_response({"object": "list", "data": data, **answers.provenance(loaded)})
 
@@ -279,13 +286,21 @@ class Api:
         missing = [item for item in items if item.url is not None]
         if not missing:
             return await self._encode(loaded, items)
+        for item in missing:  # first: what is refused anyway takes no memory from others
+            try:
+                self.fetcher._checked(item.url or "")
+            except ApiError as error:
+                error.param = error.param or item.param
+                raise
         # They count as bytes of the body. How many is known only when they are there, so each
         # fetch may be one image too many.
         each, limit = int(self.limits.image_mb * 1e6), int(self.limits.body_mb * 1e6)
-        memory = min(len(missing) * each, limit + _FETCHES * each)
-        async with self.engine.budget.reserve(memory):
-            await self._fetch(missing, limit)
-            return await self._encode(loaded, items)
+        assert exchange.memory is not None, "a request with a body has passed the gate"
+        # The body's own reservation, grown: who waited for another while holding it could wait
+        # for somebody who waits likewise.
+        await exchange.memory.grow(min(len(missing) * each, limit + _FETCHES * each))
+        await self._fetch(missing, limit)
+        return await self._encode(loaded, items)
 
     async def _encode(self, loaded: Loaded, items: Sequence[Item]) -> tuple[Floats, int]:
         of_images = [index for index, item in enumerate(items) if item.text is None]
@@ -341,8 +356,23 @@ async def _all(work: Iterable[Awaitable[Any]]) -> list[Any]:
             task.cancel()
 
 
-async def _compute(products: int, work: Callable[[], T]) -> T:
-    return work() if products <= _PRODUCTS else await asyncio.to_thread(work)
+def _check_label_chars(images: int, labels: Sequence[str], top_k: int) -> None:
+    """Refuse an answer that long labels could make far larger than its request.
+
+    Raises:
+        ApiError: 413.
+    """
+    if images * top_k * max(map(len, labels)) <= _LABEL_CHARS:
+        return
+    chars = images * sum(heapq.nlargest(top_k, map(len, labels)))
+    if chars > _LABEL_CHARS:
+        raise ApiError(
+            413,
+            "too_many_predictions",
+            f"{images} images x top_k {top_k}: labels of up to {chars} characters in the answer, "
+            f"limit {_LABEL_CHARS}; ask for fewer, or send several requests",
+            param="top_k",
+        )
 
 
 def json_response(answer: dict[str, Any]) -> Response:

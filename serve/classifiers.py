@@ -16,6 +16,7 @@ import hashlib
 import logging
 import math
 import time
+import weakref
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ from serve.definitions import (
     DEFINITION,
     Definition,
     Floats,
+    Scoring,
     UnreadableError,
     dump,
     folder_of,
@@ -46,6 +48,7 @@ from serve.definitions import (
     unpack,
 )
 from serve.errors import ApiError
+from serve.items import check_prompt_lengths
 
 if TYPE_CHECKING:
     from serve.engine import Loaded
@@ -56,6 +59,7 @@ T = TypeVar("T")
 # The largest matrix of default limits is 100,000 labels of E = 1024: 410 MB.
 MEMORY_BYTES = 512 << 20
 _DEFINITION_BYTES = 64 << 20  # definitions in memory, by the size of their files
+_QUEUED = 4  # computations that wait for the one under way; each holds a definition of 20 MB
 _LOOKS = 5  # of prepare, at definitions that change under it
 
 log = logging.getLogger("clip_ray.serve")
@@ -63,11 +67,22 @@ log = logging.getLogger("clip_ray.serve")
 
 @dataclass(frozen=True)
 class Listed:
-    """A classifier in a listing: its definition, or why it cannot be read."""
+    """A classifier in a listing: how large it is, or why it cannot be read.
+
+    Attributes:
+        id: its id.
+        labels, templates: how many there are; the texts of a hundred classifiers may be GB.
+        scoring: of the definition.
+        created: ISO time of its PUT.
+        error: why it cannot be read; nothing else is known then.
+    """
 
     id: str
-    definition: Definition | None
-    error: str | None
+    labels: int = 0
+    templates: int = 0
+    scoring: Scoring = "softmax"
+    created: str = ""
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,11 +93,18 @@ class _Known:
     definition: Definition
 
 
+class ChangedError(ApiError):
+    """A classifier was deleted or replaced before its matrix was there."""
+
+
 class ClassifierStore:
     """The stored classifiers, as one replica sees them; use it from one event loop.
 
     What it answers was in the store at most `max_age_s` before it was asked, however slow the
     store is; an id that it does not know is always looked for.
+
+    One matrix is computed at a time, and few wait for it: a computation outlives its callers, so
+    clients that come and go would else pile them up without end.
 
     Args:
         store: the state directory, shared by all replicas; `classifiers` in it is used.
@@ -121,6 +143,13 @@ class ClassifierStore:
         # A computation goes on when its callers time out: 100,000 prompts take longer than any
         # request may, and would otherwise never be done.
         self._matrices = MatrixCache(math.inf, memory_bytes, cancel_abandoned=False)
+        self._building = asyncio.Lock()
+        self._waiting = 0  # computations that wait for it
+        self._work: dict[asyncio.Task[Floats], tuple[str, str]] = {}  # its place and digest
+        # By namespace; one is kept as long as a PUT has it.
+        self._putting: weakref.WeakValueDictionary[str, asyncio.Lock] = (
+            weakref.WeakValueDictionary()
+        )
         self._writes = 0  # PUTs and DELETEs of this replica that are through
         self.hits = 0
         self.misses = 0
@@ -133,14 +162,20 @@ class ClassifierStore:
     async def put(self, namespace: str, id: str, definition: Definition) -> Definition:
         """Store a definition, whatever was there; return it with its time.
 
-        Its matrix is computed when it is first asked for.
+        Its matrix is computed when it is first asked for. The number of classifiers holds at each
+        replica by itself: PUTs of new ids that reach several at once may exceed it by one each.
 
         Raises:
             ApiError: 400 for an id or template that cannot be used, 409 for too many classifiers,
-                413 for too many prompts, 503 where the store does not answer.
+                413 for too many prompts or too long ones, 503 where the store does not answer.
         """
         place = place_of(namespace, id)
         self._check(definition)
+        # Between counting and writing nobody of the namespace may come.
+        async with self._putting.setdefault(namespace, asyncio.Lock()):
+            return await self._put(namespace, place, definition)
+
+    async def _put(self, namespace: str, place: str, definition: Definition) -> Definition:
         names = await self._names(namespace)
         places = places_in(names)
         if place not in places and len(places) >= self._limits.stored_classifiers:
@@ -156,6 +191,7 @@ class ClassifierStore:
         known = await self._io(self._write, place, replace(definition, created=now), started)
         self._writes += 1
         self._keep(place, known)
+        self._end_work(place, definition.digest)
         current = matrix_name(place, definition, "").removesuffix(".npy")
         await self._sweep(
             name
@@ -186,6 +222,7 @@ class ClassifierStore:
         self._writes += 1
         self._known.pop(place)
         self._matrices.drop(lambda key: key[0] == place)
+        self._end_work(place)
         # File by file, and the empty directory stays: removing a tree would take along what
         # another replica PUTs into it at this moment.
         await self._sweep(f"{place}/{name}" for name in names if name != DEFINITION)
@@ -198,15 +235,24 @@ class ClassifierStore:
             ApiError: 503 where the store does not answer.
         """
         places = places_in(await self._names(namespace))
-        found = await asyncio.gather(*(self._listed(place) for place in places))
+        # One after the other: a definition may take 20 MB while it is read.
+        found = [await self._listed(place) for place in places]
         return tuple(sorted((one for one in found if one is not None), key=lambda one: one.id))
 
     async def _listed(self, place: str) -> Listed | None:
         try:
             definition = await self._definition(place)
         except ApiError as error:
-            return Listed(id_of(place), None, error.message)
-        return None if definition is None else Listed(id_of(place), definition, None)
+            return Listed(id_of(place), error=error.message)
+        if definition is None:
+            return None
+        return Listed(
+            id=id_of(place),
+            labels=len(definition.labels),
+            templates=len(definition.templates),
+            scoring=definition.scoring,
+            created=definition.created,
+        )
 
     async def matrix(
         self, loaded: Loaded, namespace: str, id: str
@@ -216,17 +262,14 @@ class ClassifierStore:
         The matrix is (C, E) float32, and read-only.
 
         Raises:
-            ApiError: 404 where there is none, 503 for a file that cannot be read.
+            ApiError: 404 where there is none, 409 where it is replaced before its matrix is there,
+                429 where too many matrices wait to be computed, 503 for a file that cannot be
+                read.
         """
         place = place_of(namespace, id)
         definition = await self._definition(place)
         if definition is None:
-            raise ApiError(
-                404,
-                "classifier_not_found",
-                f"no classifier {id!r} is stored for this key; PUT /v1/classifiers/{id} makes it",
-                param="classifier",
-            )
+            raise _not_found(id)
         matrix, cached = await self._matrix(loaded, place, definition)
         self.hits += cached
         self.misses += not cached
@@ -280,7 +323,11 @@ class ClassifierStore:
                 return 0
             digest = definition.digest
             size = 4 * len(definition.labels) * loaded.encoder.embed_dim
-            await self._matrix(loaded, place, definition, keep=size <= room)
+            await self._matrix(loaded, place, definition, keep=size <= room, patient=True)
+        except ChangedError:  # the next look finds what it is now
+            ready.discard(place)
+            digests[place] = digest
+            return 0
         except Exception:  # whatever it was, the others are to be ready
             if digest != digests.get(place):
                 self.failures += 1
@@ -300,6 +347,7 @@ class ClassifierStore:
                 raise ApiError(
                     400, "invalid_template", str(error), param=f"templates[{index}]"
                 ) from None
+        check_prompt_lengths(definition.labels, definition.templates, self._limits)
         num_prompts = len(definition.labels) * len(definition.templates)
         if num_prompts > self._limits.stored_prompts:
             raise ApiError(
@@ -360,20 +408,27 @@ class ClassifierStore:
         return _Known(started, hashlib.sha256(raw).digest(), len(raw), definition)
 
     async def _matrix(
-        self, loaded: Loaded, place: str, definition: Definition, keep: bool = True
+        self,
+        loaded: Loaded,
+        place: str,
+        definition: Definition,
+        keep: bool = True,
+        patient: bool = False,
     ) -> tuple[Floats, bool]:
         key = (place, definition.digest, loaded.served.digest)
         return await self._matrices.get(
-            key, lambda: self._read_or_build(loaded, place, definition), keep
+            key, lambda: self._read_or_build(loaded, place, definition, patient), keep
         )
 
-    async def _read_or_build(self, loaded: Loaded, place: str, definition: Definition) -> Floats:
+    async def _read_or_build(
+        self, loaded: Loaded, place: str, definition: Definition, patient: bool
+    ) -> Floats:
         name = matrix_name(place, definition, loaded.served.digest)
         owner = definition.digest + loaded.served.digest
         found = await self._io(self._read_matrix, name, owner)
         if found is not None:
             return found
-        matrix = await self._build(loaded, definition.labels, definition.templates)
+        matrix = await self._computed(loaded, place, definition, patient)
         assert matrix.shape == (len(definition.labels), loaded.encoder.embed_dim), matrix.shape
         if not await self._io(lambda: bool(np.isfinite(matrix).all())):
             # Written down, a moment's fault of the device would be served for ever.
@@ -383,12 +438,79 @@ class ClassifierStore:
         try:
             # Computing may take minutes: the matrix of what was replaced or deleted meanwhile
             # would be a file that nobody looks for.
-            current = await self._definition(place, fresh=True)
-            if current is not None and current.digest == definition.digest:
-                await self._io(lambda: self._store.write(name, pack(matrix, owner)))
+            await self._check_current(place, definition)
+            await self._io(lambda: self._store.write(name, pack(matrix, owner)))
+        except ChangedError:
+            raise
         except ApiError as error:
             log.error("%s/%s is in memory only: %s", self._store.uri, name, error)
         return matrix
+
+    async def _computed(
+        self, loaded: Loaded, place: str, definition: Definition, patient: bool
+    ) -> Floats:
+        """Compute a matrix, one at a time; `patient` callers wait in any number.
+
+        Raises:
+            ApiError: 429 where too many wait; 404 or 409, soon, where the definition is no longer
+                that of its id.
+        """
+        if not patient and self._waiting >= _QUEUED:
+            raise ApiError(
+                429,
+                "overloaded",
+                f"{self._waiting} other classifiers wait to be computed; try again in a while",
+                retry_after=5,
+            )
+        work = asyncio.create_task(self._in_turn(loaded, place, definition))
+        self._work[work] = (place, definition.digest)
+        try:
+            return await work
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # A PUT or DELETE has ended it.
+            await self._check_current(place, definition)
+            raise _replaced(place) from None
+        finally:
+            del self._work[work]
+
+    async def _in_turn(self, loaded: Loaded, place: str, definition: Definition) -> Floats:
+        self._waiting += 1
+        try:
+            await self._building.acquire()
+        finally:
+            self._waiting -= 1
+        try:
+            try:
+                await self._check_current(place, definition)
+            except ChangedError:
+                raise
+            except ApiError as error:
+                # What was read a moment ago is believed while the store has an outage.
+                log.error("%s/%s may have changed: %s", self._store.uri, place, error)
+            return await self._build(loaded, definition.labels, definition.templates)
+        finally:
+            self._building.release()
+
+    def _end_work(self, place: str, digest: str = "") -> None:
+        """End the computations for a place that are not of the definition it has now."""
+        for work, (of, made_from) in self._work.items():
+            if of == place and made_from != digest:
+                work.cancel()
+
+    async def _check_current(self, place: str, definition: Definition) -> None:
+        """Look whether a definition is still the one of its id.
+
+        Raises:
+            ApiError: 404 and 409 as ChangedError; 503 where the store does not answer.
+        """
+        current = await self._definition(place, fresh=True)
+        if current is None:
+            raise _not_found(id_of(place))
+        if current.digest != definition.digest:
+            raise _replaced(place)
 
     def _read_matrix(self, name: str, owner: str) -> Floats | None:
         try:
@@ -430,3 +552,21 @@ class ClassifierStore:
                 "the store of classifiers does not answer; try again",
                 retry_after=1,
             ) from error
+
+
+def _not_found(id: str) -> ChangedError:
+    return ChangedError(
+        404,
+        "classifier_not_found",
+        f"no classifier {id!r} is stored for this key; PUT /v1/classifiers/{id} makes it",
+        param="classifier",
+    )
+
+
+def _replaced(place: str) -> ChangedError:
+    return ChangedError(
+        409,
+        "classifier_changed",
+        f"classifier {id_of(place)!r} was replaced while its matrix was made; try again",
+        param="classifier",
+    )

@@ -48,8 +48,9 @@ UNKNOWN = "unknown"
 _BODILESS = ("GET", "HEAD", "DELETE")  # a body of theirs is not read
 MAX_KEY = 256  # characters of a presented key; ours have 35, and hashing more is the caller's joy
 CLIENT_GONE = 499  # nginx's number for it; nobody receives it
-_GROWTH = 1 << 20  # bytes by which a body of unknown length reserves memory
-_ID = re.compile(r"[^A-Za-z0-9._:/+=@-]")
+_GROWTH = 1 << 20  # bytes by which a body reserves memory as it comes
+_ID = re.compile(r"[ -~]{1,128}")
+_NOT_OF_ID = re.compile(r"[^A-Za-z0-9._:/+=@-]")
 _SECURITY = (
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
@@ -72,6 +73,8 @@ class Exchange:
         started: seconds of the monotonic clock.
         key: whose request it is; None where auth is off.
         body: the request's body, whole; taken away by `take_body`.
+        memory: what is reserved for the body; whoever needs more grows it, for a second
+            reservation would wait while it holds the first.
         loaded: the model that answers, once one is picked.
         items: texts and images of the request.
         status: of the answer, 0 until it begins.
@@ -84,6 +87,7 @@ class Exchange:
     started: float = field(default_factory=time.perf_counter)
     key: Key | None = None
     body: bytes = b""
+    memory: Reservation | None = None
     loaded: Loaded | None = None
     items: int = 0
     status: int = 0
@@ -267,9 +271,11 @@ class Gate:
                 declared = _content_length(headers)
                 if declared > limit:
                     raise _too_large(limit)
-                # Held as long as the request is worked on.
-                async with self.budget.reserve(declared) as memory:
-                    exchange.body = await self._read(receive, memory, limit)
+                # Held as long as the request is worked on. Of what is only announced a step:
+                # idle connections that promise large bodies must not keep others out.
+                async with self.budget.reserve(min(declared, _GROWTH)) as memory:
+                    exchange.memory = memory
+                    exchange.body = await self._read(receive, memory, declared, limit)
                     await self._in_turn(scope, receive, send)
         except TimeoutError:
             if not deadline.expired():
@@ -280,11 +286,13 @@ class Gate:
                 f"not done within {self.limits.request_s:g} s; send fewer items",
             ) from None
 
-    async def _read(self, receive: Receive, memory: Reservation, limit: int) -> bytes:
+    async def _read(
+        self, receive: Receive, memory: Reservation, declared: int, limit: int
+    ) -> bytes:
         timer = asyncio.timeout(self.limits.body_s)
         try:
             async with timer:
-                return await _read_all(receive, memory, limit)
+                return await _read_all(receive, memory, declared, limit)
         except TimeoutError:
             if not timer.expired():
                 raise
@@ -362,7 +370,12 @@ def needed_scope(method: str, route: str) -> str:
     return "classifiers" if writes else "infer"
 
 
-async def _read_all(receive: Receive, memory: Reservation, limit: int) -> bytes:
+async def _read_all(receive: Receive, memory: Reservation, declared: int, limit: int) -> bytes:
+    """Return the body; memory is reserved in steps as it comes, whatever its length is said to be.
+
+    Raises:
+        ApiError: 413 above `limit`, 429 where there is no memory.
+    """
     chunks, total = [], 0
     while True:
         message = await receive()
@@ -373,16 +386,27 @@ async def _read_all(receive: Receive, memory: Reservation, limit: int) -> bytes:
         if total > limit:
             raise _too_large(limit)
         if total > memory.nbytes:
-            await memory.grow(max(total - memory.nbytes, min(_GROWTH, limit - memory.nbytes)))
+            expected = declared if total <= declared else limit
+            step = min(_GROWTH, expected - memory.nbytes)
+            await memory.grow(max(total - memory.nbytes, step))
         chunks.append(chunk)
         if not message.get("more_body", False):
             return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
 def _request_id(scope: Scope) -> str:
+    """Return the client's id as it is, where it is printable ASCII of at most 128 characters.
+
+    Another one is cut to what is harmless in logs and headers, or replaced by ours where nothing
+    is left. Behind Ray Serve, whose x-request-id is always the client's own, the id in the JSON
+    and in the log is then not the header's.
+    """
     for name, value in scope["headers"]:
         if name == b"x-request-id":
-            given = _ID.sub("", value[:512].decode("latin-1"))[:128]
+            given: str = value[:512].decode("latin-1")
+            if _ID.fullmatch(given) and not given.isspace():
+                return given
+            given = _NOT_OF_ID.sub("", given)[:128]
             if given:
                 return given
     return uuid.uuid4().hex

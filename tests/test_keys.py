@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -270,6 +271,18 @@ def test_without_the_lock_some_would_be_lost(file: str, monkeypatch) -> None:
         for thread in threads:
             thread.join()
     assert len(keys.listed(file)) == 2
+
+
+def test_a_writer_that_hangs_is_not_waited_for_without_end(file: str, monkeypatch) -> None:
+    keys.create(file, "a")
+    monkeypatch.setattr(keys, "LOCK_S", 0.1)
+    with open(f"{file}.lock") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        for action in (lambda: keys.create(file, "b"), lambda: keys.revoke(file, "a")):
+            with pytest.raises(ConfigError, match="keys.json: another process .*keys.json.lock"):
+                action()
+    keys.create(file, "b")
+    assert [key.name for key in keys.listed(file)] == ["a", "b"]
 
 
 def test_a_link_to_the_file_stays_a_link(tmp_path: Path) -> None:

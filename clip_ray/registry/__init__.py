@@ -30,6 +30,7 @@ from clip_ray.registry.versions import (
     promote,
     register,
     resolve,
+    user,
     verify,
     with_origin,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "register",
     "resolve",
     "store_model",
+    "user",
     "verify",
     "verify_in_process",
     "with_origin",

@@ -100,6 +100,7 @@ def store_model(
     s3: S3Options | None = None,
     tracking_uri: str | None = None,
     name: str | None = None,
+    copy: bool = True,
 ) -> ServedModel:
     """Resolve a model once and copy its export to `<model_store>/<digest>`.
 
@@ -111,6 +112,7 @@ def store_model(
         s3: access to it, and to `uri`.
         tracking_uri: as in `resolve`.
         name: what to call a model that is in no registry; none = its directory's name.
+        copy: False = only say what it would be called there; nothing is written.
 
     Raises:
         RegistryError: as `resolve`; its bytes are not the registered ones; the copy failed; or a
@@ -125,14 +127,14 @@ def store_model(
                 "changed or damaged: export and register the model again"
             )
         target = open_store(model_store, s3).child(digest)
-        if not _holds(target, digest):
+        if copy and not _holds(target, digest):
             _copy(resolved.store, target)
             if not _holds(target, digest):
                 raise RegistryError(
                     f"{target.uri}: the copied files do not have the digest {digest}; check the "
                     "store, delete the directory, and try again"
                 )
-        run_id = resolved.run_id or json.loads(target.read(CONFIG)).get("run_id")
+        run_id = resolved.run_id or json.loads(resolved.store.read(CONFIG)).get("run_id")
     called = _name(resolved, str(os.fspath(uri)), name)
     try:
         return ServedModel(
@@ -291,8 +293,7 @@ def verify_in_process(model: ServedModel, s3: S3Options | None, timeout_s: float
     """
     import clip_ray
 
-    plain = {name: getattr(model, name) for name in ServedModel.model_fields}
-    task = {"model": plain, "s3": (s3 or S3Options()).model_dump()}
+    task = {"model": model.plain().model_dump(), "s3": (s3 or S3Options()).model_dump()}
     # The child must find the code that this process runs, wherever it was started.
     root = str(Path(clip_ray.__file__).parents[1])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]

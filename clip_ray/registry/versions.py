@@ -334,7 +334,7 @@ def move_alias(
         if before is not None:
             client.set_registered_model_alias(name, PREVIOUS, before)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        changes = {**(tags or {}), "by": by or _user(), "at": now, "from": before or "none"}
+        changes = {**(tags or {}), "by": by or user(), "at": now, "from": before or "none"}
         for key, value in {**changes, "to": version}.items():
             client.set_model_version_tag(name, version, f"promoted.{key}", value)
         client.set_registered_model_alias(name, ALIAS, version)
@@ -352,7 +352,8 @@ def aliased(
     return None if found is None else (str(found.version), found.tags.get("digest"))
 
 
-def _user() -> str:
+def user() -> str:
+    """Return who runs this process."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's user without a passwd entry

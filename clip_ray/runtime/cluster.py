@@ -287,10 +287,15 @@ def _refuse_unusable_gpu() -> None:
         )
 
 
-def check_storage(storage: str, tracking_uri: str) -> None:
+def check_storage(storage: str, tracking_uri: str, setting: str = "run.storage") -> None:
     """Refuse storage that some node of the cluster could not see.
 
     On several nodes a local path is proved to be shared: every node reads back a nonce.
+
+    Args:
+        storage: directory or s3:// prefix.
+        tracking_uri: MLflow's address; "" = none is needed.
+        setting: where the storage was set, for errors.
 
     Raises:
         ConfigError: the storage, or an sqlite tracking store, lies on one node only.
@@ -321,7 +326,7 @@ def check_storage(storage: str, tracking_uri: str) -> None:
         marker.unlink()
     if blind:
         raise ConfigError(
-            f"run.storage {storage}: not shared, {', '.join(blind)} cannot see it; use an s3:// "
+            f"{setting} {storage}: not shared, {', '.join(blind)} cannot see it; use an s3:// "
             "prefix or a directory that all nodes mount"
         )
 

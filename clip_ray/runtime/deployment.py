@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from clip_ray.runtime.owner import read_config
 from clip_ray.runtime.rollout import exclusive, roll_out
 from clip_ray.runtime.serve_config import (
     IMPORT_PATH,
+    ROOT,
     as_yaml,
     check_declaration,
     declaration,
@@ -33,6 +37,7 @@ from clip_ray.runtime.serve_local import PROBE_S, down, probe, serve_in_foregrou
 from clip_ray.runtime.serve_state import OWNER, Running, attached, read_running, url_of
 from clip_ray.runtime.serving import (
     Live,
+    address_of_environment,
     connected,
     find_place,
     places,
@@ -81,7 +86,7 @@ def deploy(
             uri = uri or only_champion(where)
         if not show:
             say(f"storing {uri} in {config.model_store}")
-        return store_model(uri, config.model_store, config.s3, where)
+        return store_model(uri, config.model_store, config.s3, where, copy=not show)
 
     if show:
         target = placeholder(config, config.name)
@@ -92,8 +97,9 @@ def deploy(
         say(as_yaml(declared, config, " --print").rstrip("\n"))
         return 0
     _check_door(config, config.host)
+    commands = Commands(storage, tracking_uri)
     if config.profile == "cluster":
-        return _deploy_to_cluster(config, choose, import_path, say)
+        return _deploy_to_cluster(config, choose, import_path, commands, say)
     if config.keys_file is not None and not Path(config.keys_file).is_file():
         raise ConfigError(
             f"serve.keys_file {config.keys_file} is not there; make a key with "
@@ -102,14 +108,14 @@ def deploy(
     folder = home(storage)
     running = read_running(folder)
     if running is not None and running.alive():
-        return _update(config, running, choose, import_path, say)
+        return _update(config, running, choose, import_path, commands, say)
     target = _remembered(config, choose())
 
     def ready(declared: dict[str, Any]) -> None:
         _save(config, declared)
         now = read_running(folder)
         assert now is not None
-        say(announcement(config, target, now.url, now))
+        say(announcement(config, target, now.url, commands, now))
 
     return serve_in_foreground(config, target, folder, say, ready, import_path)
 
@@ -149,7 +155,45 @@ def only_champion(tracking_uri: str) -> str:
     )
 
 
-def announcement(config: ServeConfig, target: Target, url: str, running: Running | None) -> str:
+@dataclass(frozen=True)
+class Commands:
+    """What the commands that a user is told need to say again.
+
+    Attributes:
+        storage: as in `deploy`.
+        tracking_uri: as in `deploy`.
+    """
+
+    storage: str = "runs"
+    tracking_uri: str | None = None
+
+    @property
+    def bin(self) -> str:
+        """Where the environment's programs lie, seen from the repository; "" = on PATH."""
+        prefix = Path(sys.prefix)
+        return f"{prefix.relative_to(ROOT)}/bin/" if prefix.is_relative_to(ROOT) else ""
+
+    def promote(self, model: str, address: str | None) -> str:
+        """Return the command that promotes a model's newest version into this Serve."""
+        given = {
+            "--storage": None if self.storage == "runs" else self.storage,
+            "--tracking_uri": self.tracking_uri and mask(self.tracking_uri),
+            "--address": address,
+        }
+        flags = [f" {flag} {shlex.quote(value)}" for flag, value in given.items() if value]
+        name = shlex.quote(model)
+        return f"{self.bin}python jobs/promote.py --model {name}{''.join(flags)}"
+
+    @property
+    def down(self) -> str:
+        """The command that ends a Serve of ours."""
+        more = "" if self.storage == "runs" else f" STORAGE={shlex.quote(self.storage)}"
+        return f"make serve-down{more}"
+
+
+def announcement(
+    config: ServeConfig, target: Target, url: str, commands: Commands, running: Running | None
+) -> str:
     """Return what a user wants to know once it serves."""
     key = " -H 'Authorization: Bearer KEY'" if config.auth == "keys" else ""
     body = f'{{"model": "{target.name}", "input": ["a photo of a cat"]}}'
@@ -162,14 +206,15 @@ def announcement(config: ServeConfig, target: Target, url: str, running: Running
         f"-d '{body}'",
     ]
     if target.version.isdigit():  # in the registry
-        lines.append(f"  new model  python jobs/promote.py --model {target.name} --version N")
+        address = config.address if running is None else None
+        lines.append(f"  new model  {commands.promote(target.name, address)}")
     if running is None:
-        lines.append("  stop       serve shutdown --address http://HEAD:8265")
+        lines.append(f"  stop       {commands.bin}serve shutdown --address http://HEAD:8265")
     else:
         lines += [
             f"  status     RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={running.token} "
-            f"serve status -a {running.dashboard}",
-            "  stop       Ctrl-C, or from elsewhere: make serve-down",
+            f"{commands.bin}serve status -a {running.dashboard}",
+            f"  stop       Ctrl-C, or from elsewhere: {commands.down}",
         ]
     return "\n".join(lines)
 
@@ -183,7 +228,7 @@ def _check_door(config: ServeConfig, host: str) -> None:
 def _remembered(config: ServeConfig, model: ServedModel) -> Target:
     """Return the target of a fresh start: the model before this one outlives a restart too."""
     state = open_store(config.state_uri, config.s3)
-    text = state.read(OWNER).decode() if state.exists(OWNER) else ""
+    text = state.read(OWNER).decode(errors="replace") if state.exists(OWNER) else ""
     # A damaged file costs the memory of what was served, and is written anew.
     with contextlib.suppress(ConfigError):
         last = find_place(read_config(text, OWNER), config.name, OWNER)
@@ -196,7 +241,12 @@ def _save(config: ServeConfig, declared: dict[str, Any]) -> None:
 
 
 def _update(
-    config: ServeConfig, running: Running, choose: Choose, import_path: str, say: Say
+    config: ServeConfig,
+    running: Running,
+    choose: Choose,
+    import_path: str,
+    commands: Commands,
+    say: Say,
 ) -> int:
     """Update the Serve in the foreground of another process, and leave it there."""
     if config.name != running.name:
@@ -209,12 +259,14 @@ def _update(
     with attached(running) as live:
         target = _apply(live, config.model_copy(update={"port": port}), choose, import_path, say)
         probe(running.url, PROBE_S)
-    say(announcement(config, target, running.url, running))
+    say(announcement(config, target, running.url, commands, running))
     return 0
 
 
-def _deploy_to_cluster(config: ServeConfig, choose: Choose, import_path: str, say: Say) -> int:
-    address = config.address or os.environ.get("RAY_ADDRESS")
+def _deploy_to_cluster(
+    config: ServeConfig, choose: Choose, import_path: str, commands: Commands, say: Say
+) -> int:
+    address = config.address or address_of_environment(say)
     if not address:
         raise ConfigError(
             "profile cluster needs a Ray that runs: give serve.address (or RAY_ADDRESS), such as "
@@ -222,21 +274,14 @@ def _deploy_to_cluster(config: ServeConfig, choose: Choose, import_path: str, sa
         )
     with connected(address) as live:
         for name, uri in (("state_uri", config.state_uri), ("model_store", config.model_store)):
-            _check_shared(f"serve.{name}", uri)
+            check_storage(uri, "", f"serve.{name}")
         if live is None:
             say("starting Serve on the cluster")
             live = start_serve(declaration(config, placeholder(config, config.name), import_path))
         target = _apply(live, config, choose, import_path, say)
-        urls = _probe_nodes(live, config)
-    say(announcement(config, target, urls[0], None))
+        urls = _probe_nodes(live, config, say)
+    say(announcement(config, target, urls[0], commands, None))
     return 0
-
-
-def _check_shared(setting: str, uri: str) -> None:
-    try:
-        check_storage(uri, "")
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("run.storage", setting)) from error
 
 
 def _apply(live: Live, config: ServeConfig, choose: Choose, import_path: str, say: Say) -> Target:
@@ -253,7 +298,7 @@ def _apply(live: Live, config: ServeConfig, choose: Choose, import_path: str, sa
         )
     _check_door(config, host)
     chosen = choose() if config.model is not None else None
-    with exclusive(config.name, "deployment"):
+    with exclusive(f"deployment of {config.name}"):
         before = live.read()
         mine = [place for place in places(before) if place.app == config.name]
         current = mine[0].target if mine else None
@@ -264,16 +309,20 @@ def _apply(live: Live, config: ServeConfig, choose: Choose, import_path: str, sa
             target = successor(chosen or choose(), current, config.keep_previous)
         declared = declaration(config, target, import_path)
         check_declaration(declared)
-        others = [app for app in before["applications"] if app.get("name") != config.name]
-        wanted = {**before, "applications": others + declared["applications"]}
         place = find_place(declared, config.name, "the config")
-        roll_out(live, wanted, place, config.start_timeout_s, settled=True)
+        roll_out(live, declared, place, config.start_timeout_s, settled=True)
         # Whole, with other people's applications: `serve deploy` deletes what a file lacks.
-        _save(config, {**declared, **plain_config(wanted)})
+        _save(config, {**declared, **plain_config(live.read())})
     return target
 
 
-def _probe_nodes(live: Live, config: ServeConfig) -> list[str]:
+def _probe_on_node(url: str, timeout_s: float) -> bool:
+    """Probe a proxy on its own node; tell whether that node's environment asks for HAProxy."""
+    probe(url, timeout_s)
+    return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+
+
+def _probe_nodes(live: Live, config: ServeConfig, say: Say) -> list[str]:
     """Ask every proxy for an answer, on its own node; return their URLs.
 
     Raises:
@@ -281,7 +330,7 @@ def _probe_nodes(live: Live, config: ServeConfig) -> list[str]:
     """
     host, port = live.address()
     runtime_env = {"working_dir": config.working_dir} if config.working_dir else {}
-    task: Any = ray.remote(num_cpus=0, runtime_env=runtime_env)(probe)
+    task: Any = ray.remote(num_cpus=0, runtime_env=runtime_env)(_probe_on_node)
     proxies = [
         p for p in (live.details().get("proxies") or {}).values() if p["status"] == "HEALTHY"
     ]
@@ -293,11 +342,18 @@ def _probe_nodes(live: Live, config: ServeConfig) -> list[str]:
     }
     if not found:
         raise ClusterError("Serve has no healthy proxy; look at it with `serve status`")
+    without = []
     for node, answer in found.items():
         try:
-            ray.get(answer, timeout=PROBE_S + 60)
+            if not ray.get(answer, timeout=PROBE_S + 60):
+                without.append(node)
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
             raise ClusterError(
                 f"the proxy on node {node}, which Serve calls healthy: {error}"
             ) from error
+    if without:
+        say(
+            f"! HAProxy is off on {', '.join(without)}, Ray's slower Python proxy answers there: "
+            "set RAY_SERVE_ENABLE_HA_PROXY=1 in every node's environment before Ray starts"
+        )
     return [url_of(node, port) for node in found]

@@ -61,7 +61,12 @@ def replace_target(text: str, app: str | None, target: Target, where: str) -> st
 
 
 def write_file(path: Path, text: str) -> None:
-    """Replace a file's text: whole, or not at all; its permissions stay."""
+    """Replace a file's text: whole, or not at all; its permissions stay, and a link to it.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    path = path.resolve()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w", newline="") as file:
@@ -70,6 +75,8 @@ def write_file(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         shutil.copymode(path, temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot write it: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -90,23 +97,36 @@ def read_file(path: Path) -> str:
 def _parse(text: str, where: str) -> tuple[yaml.Node, dict[str, Any]]:
     """Return the node that holds the declarative config, and the config."""
     try:
-        nodes = [node for node in yaml.compose_all(text, yaml.SafeLoader) if node is not None]
-        documents = [doc for doc in yaml.safe_load_all(text) if doc is not None]
-        for node, document in zip(nodes, documents, strict=True):
-            if not isinstance(document, dict):
+        nodes = yaml.compose_all(text, yaml.SafeLoader)
+        for node, document in zip(nodes, yaml.safe_load_all(text), strict=True):
+            if node is None or not isinstance(document, dict):
                 continue
-            if isinstance(document.get("applications"), list):
+            if _is_config(document):
                 return node, document
             inner = (document.get("spec") or {}).get(_RAY_SERVICE)
             if document.get("kind") == "RayService" and isinstance(inner, str):
                 config = yaml.safe_load(inner)
-                if isinstance(config, dict) and isinstance(config.get("applications"), list):
+                if _is_config(config):
                     return _child(_child(node, "spec"), _RAY_SERVICE), config
-    except (yaml.YAMLError, AttributeError) as error:
+    # ValueError: a date that is none.
+    except (yaml.YAMLError, AttributeError, ValueError) as error:
         raise ConfigError(f"{where}: not YAML that can be read: {error}") from error
     raise ConfigError(
         f"{where}: expected a Serve config (applications: ...) or a RayService with "
         f"spec.{_RAY_SERVICE}"
+    )
+
+
+def _is_config(value: Any) -> bool:
+    """Tell whether a value has the shape of a declarative config."""
+    if not isinstance(value, dict) or not _are_named(value.get("applications"), "default"):
+        return False
+    return all(_are_named(app.get("deployments") or [], None) for app in value["applications"])
+
+
+def _are_named(values: Any, default: str | None) -> bool:
+    return isinstance(values, list) and all(
+        isinstance(value, dict) and isinstance(value.get("name", default), str) for value in values
     )
 
 

@@ -1,7 +1,9 @@
 """The promote job: verify, roll out, confirm, and only then move the alias.
 
-The order is the point: at no time does `champion` name a model that some replica does not serve,
-and whatever fails leaves both as they were.
+The order is the point: `champion` moves to a model once every replica has confirmed it, and where
+nobody could be asked it does not move. What fails before that leaves both as they were; where
+MLflow fails after it, replicas serve what `champion` does not name yet, and the error and the
+history say so.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ import contextlib
 import dataclasses
 import datetime
 import json
-import os
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,8 +22,14 @@ from pydantic import ValidationError
 
 from clip_ray import registry
 from clip_ray.config.serving import AppSettings
-from clip_ray.errors import CheckpointError, ClipRayError, ClusterError, ConfigError
-from clip_ray.registry import Target
+from clip_ray.errors import (
+    CheckpointError,
+    ClipRayError,
+    ClusterError,
+    ConfigError,
+    RegistryError,
+)
+from clip_ray.registry import Target, user
 from clip_ray.runtime.owner import RayService, read_config, read_file, replace_target, write_file
 from clip_ray.runtime.rollout import (
     OvertakenError,
@@ -32,15 +39,17 @@ from clip_ray.runtime.rollout import (
     exclusive,
     restored,
     roll_out,
-    user,
 )
+from clip_ray.runtime.serve_config import with_head
 from clip_ray.runtime.serve_state import OWNER, attached, read_running
 from clip_ray.runtime.serving import (
     Live,
     Place,
+    address_of_environment,
     connected,
     find_place,
     places,
+    plain_config,
     successor,
     with_target,
 )
@@ -60,7 +69,8 @@ class Request:
         model: registered model.
         tracking_uri: MLflow's address.
         home: directory of what this machine knows of its own Serve.
-        version: the model's version; none = the latest.
+        version: the model's version; none = the latest, or with drop_previous the one that is
+            served.
         target: serve, rayservice, file, or none (move the alias only). None: serve where a Serve
             runs that serves this model, else none.
         file: YAML file of target file.
@@ -96,7 +106,7 @@ class Destination:
         read: returns the declarative config that it holds.
         apply: puts the place's target there, confirms it in time where that can be done, and
             returns the replicas; what fails is undone.
-        live: the running Serve, where one can be asked.
+        live: the running Serve, where one can be asked; without it nothing is confirmed.
     """
 
     kind: str
@@ -110,10 +120,11 @@ def promote(request: Request, say: Say) -> int:
     """Promote a model version; return the exit status.
 
     Raises:
-        ClipRayError: why it was not promoted; alias and replicas are as before.
+        ClipRayError: why it was not promoted. Alias and replicas are as before, unless the message
+            says that the alias alone was not moved.
     """
-    version = request.version or registry.latest_version(request.model, request.tracking_uri)
     with _destination(request, say) as destination:
+        version = _version(destination, request)
         if destination is None:
             done = registry.promote(request.model, version, request.tracking_uri)
             before = "none" if done.previous is None else f"version {done.previous}"
@@ -124,6 +135,25 @@ def promote(request: Request, say: Say) -> int:
             return 0
         _promote_to(destination, request, version, say)
     return 0
+
+
+def _version(destination: Destination | None, request: Request) -> str:
+    if request.drop_previous and destination is None:
+        raise ConfigError(
+            "--drop-previous frees memory of replicas, and no Serve of this model is there to be "
+            "told; say where it runs: --address HEAD:6379"
+        )
+    if request.version is not None:
+        return request.version
+    if request.drop_previous and destination is not None:
+        served = find_place(destination.read(), request.app, destination.where).target
+        if served.name != request.model:
+            raise ConfigError(
+                f"{destination.where} serves {served.id}; which version of {request.model} is to "
+                "take its place? Give --version"
+            )
+        return served.version
+    return registry.latest_version(request.model, request.tracking_uri)
 
 
 def check(request: Request, say: Say) -> int:
@@ -164,7 +194,7 @@ def _promote_to(destination: Destination, request: Request, version: str, say: S
     settings = _settings(place)
     state = open_store(settings.state_uri, settings.s3)
     doing = f"promotion of {request.model}/{version}"
-    with _exclusive(destination, place.app, state, doing):
+    with _exclusive(destination, state, doing):
         uri = f"models:/{request.model}/{version}"
         say(f"storing {uri}, and verifying it in a process of its own")
         store = _model_store(request, place)
@@ -179,17 +209,36 @@ def _promote_to(destination: Destination, request: Request, version: str, say: S
         entry = _entry(destination, place.target, target)
         try:
             replicas = destination.apply(wanted, request.timeout_s)
-        except RolloutError as error:
-            _record(state, {**entry, "outcome": "failed", "reason": str(error)}, say)
+        except BaseException as error:  # an interrupt belongs into the history too
+            reason = str(error) or type(error).__name__
+            _record(state, {**entry, "outcome": "failed", "reason": reason}, say)
             raise
-        if destination.live is not None:
-            _keep_owner_true(state, wanted, say)
-        tags = {"target": destination.kind, "replicas": str(len(replicas))}
-        registry.move_alias(
-            request.model, version, model.digest, request.tracking_uri, tags, by=user()
-        )
-        _record(state, {**entry, "outcome": "promoted", "replicas": replicas}, say)
+        if destination.live is None:
+            _record(state, {**entry, "outcome": "written, not confirmed"}, say)
+        else:
+            _keep_owner_true(state, destination.live, say)
+            entry["replicas"] = replicas
+            try:
+                _move_alias(destination.kind, request, target, len(replicas))
+            except RegistryError as error:
+                outcome = {"outcome": "served, alias not moved", "reason": str(error)}
+                _record(state, entry | outcome, say)
+                raise
+            _record(state, entry | {"outcome": "promoted"}, say)
     _tell(destination, place.target, target, replicas, say)
+
+
+def _move_alias(kind: str, request: Request, target: Target, replicas: int) -> None:
+    tags = {"target": kind, "replicas": str(replicas)}
+    try:
+        registry.move_alias(
+            request.model, target.version, target.digest, request.tracking_uri, tags
+        )
+    except RegistryError as error:
+        raise RegistryError(
+            f"every replica ({replicas}) serves {target.id}, and the alias {registry.ALIAS} was "
+            f"not moved: {error}\nrun the same command again (with --version {target.version})"
+        ) from error
 
 
 def _settings(place: Place) -> AppSettings:
@@ -214,10 +263,10 @@ def _model_store(request: Request, place: Place) -> str:
 
 
 @contextlib.contextmanager
-def _exclusive(destination: Destination, app: str, state: Store, doing: str) -> Iterator[None]:
+def _exclusive(destination: Destination, state: Store, doing: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if destination.live is not None:
-            stack.enter_context(exclusive(app, doing))
+            stack.enter_context(exclusive(doing))
         if destination.kind != "serve":
             try:
                 stack.enter_context(held_lease(state.child("promotion")))
@@ -258,14 +307,18 @@ def _record(state: Store, entry: dict[str, Any], say: Say) -> None:
         say(f"! not written to {state.uri}/{HISTORY}: {error}")
 
 
-def _keep_owner_true(state: Store, place: Place, say: Say) -> None:
-    """Write the target into what jobs/deploy.py applied, so that applying it changes nothing."""
+def _keep_owner_true(state: Store, live: Live, say: Say) -> None:
+    """Write what is live into what jobs/deploy.py applied, so that applying it changes nothing.
+
+    Whole: applying the file deletes applications that it lacks.
+    """
     where = f"{state.uri}/{OWNER}"
     try:
         if state.exists(OWNER):
             text = state.read(OWNER).decode()
-            state.write(OWNER, replace_target(text, place.app, place.target, where).encode())
-    except (OSError, ClipRayError) as error:
+            config = {**read_config(text, where), **plain_config(live.read())}
+            state.write(OWNER, with_head(text, config).encode())
+    except (OSError, ValueError, ClipRayError) as error:
         say(f"! {where} still names the old model; applying it would bring that back: {error}")
 
 
@@ -274,12 +327,13 @@ def _tell(
 ) -> None:
     if destination.live is None:
         say(
-            f"{destination.where} names {new.id} now; whether replicas serve it was not asked "
-            "(--check --address HEAD:6379 does)"
+            f"{destination.where} names {new.id} now; no replica was asked whether it serves it.\n"
+            f"The alias {registry.ALIAS} was not moved: once it is applied, run the same command "
+            "again with --address HEAD:6379; that asks every replica, and moves it."
         )
     else:
         say(f"every replica ({len(replicas)}) serves {new.id}, digest {new.digest}")
-    say(f"{new.name}@{registry.ALIAS} is version {new.version}")
+        say(f"{new.name}@{registry.ALIAS} is version {new.version}")
     if old.digest != new.digest:
         say(
             f"The embedding space has changed: what {new.id} computes cannot be compared with "
@@ -303,7 +357,7 @@ def _destination(request: Request, say: Say) -> Iterator[Destination | None]:
     if request.target == "none":
         yield None
         return
-    with _live(request) as live:
+    with _live(request, say) as live:
         if request.target == "file":
             yield _to_file(Path(_required(request.file, "--file FILE")), live)
         elif request.target == "rayservice":
@@ -327,14 +381,13 @@ def _required(value: str | None, flag: str) -> str:
 
 
 @contextlib.contextmanager
-def _live(request: Request) -> Iterator[Live | None]:
+def _live(request: Request, say: Say) -> Iterator[Live | None]:
     """Yield the running Serve that is meant, None where there is none to be asked."""
     running = None if request.address else read_running(request.home)
-    address = request.address or os.environ.get("RAY_ADDRESS")
     if running is not None and running.alive():
         with attached(running) as live:
             yield live
-    elif address and address != "local":
+    elif (address := request.address or address_of_environment(say)) is not None:
         with connected(address) as found:
             if found is None and request.address:
                 raise ClusterError(f"no Serve runs on the Ray at {address}")

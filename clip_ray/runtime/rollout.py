@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import getpass
 import os
 import re
 import socket
@@ -15,13 +14,14 @@ from typing import Any
 import ray
 
 from clip_ray.errors import ClipRayError, ClusterError
-from clip_ray.registry import Target
+from clip_ray.registry import Target, user
 from clip_ray.runtime.cluster import ray_logs
-from clip_ray.runtime.serving import Live, Place, places
+from clip_ray.runtime.serving import Live, Place, find_application, places, with_application
 
 POLL_S = 0.2
 ROLLBACK_S = 120.0
 _NAMESPACE = "clip-ray"
+_LOCK = "promotion"
 _ENDED = ("STOPPING", "STOPPED")
 _ERROR = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt): ")
 
@@ -181,20 +181,20 @@ def _check_still_wanted(details: dict[str, Any], place: Place) -> None:
         return
     for found in places({"applications": [config]}):
         if found.deployment == place.deployment and found.target != place.target:
-            raise OvertakenError(
-                f"application {place.app} was given {found.target.id} by somebody else meanwhile; "
-                "theirs stands"
-            )
+            raise _overtaken(found)
 
 
 def roll_out(
     live: Live, config: dict[str, Any], place: Place, timeout_s: float, *, settled: bool = False
 ) -> list[str]:
-    """Apply a config and confirm its target on every replica, or bring the old one back.
+    """Apply an application and confirm its target on every replica, or bring the old one back.
+
+    Other applications stay as they are at each moment of writing, whatever happens to them
+    meanwhile.
 
     Args:
         live: the running Serve.
-        config: the whole declarative config to apply.
+        config: a declarative config; the application of `place` is taken from it.
         place: the target in it.
         timeout_s: as in `confirm`.
         settled: as in `confirm`.
@@ -204,21 +204,48 @@ def roll_out(
 
     Raises:
         RolloutError: as `confirm`; the message says what is served now.
+        OvertakenError: somebody else changed or deleted the application.
     """
     before = live.read()
     try:
-        live.write(config)
+        live.write(with_application(before, place.app, find_application(config, place.app)))
         return confirm(live, place, timeout_s, settled=settled, watch=True)
     except OvertakenError:
         raise
     except BaseException as error:
         # Ctrl-C too: what nobody has confirmed must not stay.
-        live.write(before)
+        _take_back(live, before, place)
         if isinstance(error, KeyboardInterrupt):
             raise RolloutError("interrupted; the config of before was written back") from error
         if not isinstance(error, RolloutError):
             raise
         raise RolloutError(f"{error}\n{restored(live, before, place)}") from error
+
+
+def _take_back(live: Live, before: dict[str, Any], place: Place) -> None:
+    """Write the application back as it was, into what the live config is by now.
+
+    Raises:
+        OvertakenError: somebody else has changed or deleted it meanwhile.
+    """
+    now = live.read()
+    was = find_application(before, place.app)
+    is_now = find_application(now, place.app)
+    if is_now == was:
+        return
+    if is_now is None:
+        raise OvertakenError(f"application {place.app} was deleted by somebody else meanwhile")
+    for found in places({"applications": [is_now]}):
+        if found.deployment == place.deployment and found.target != place.target:
+            raise _overtaken(found)
+    live.write(with_application(now, place.app, was))
+
+
+def _overtaken(theirs: Place) -> OvertakenError:
+    return OvertakenError(
+        f"application {theirs.app} was given {theirs.target.id} by somebody else meanwhile; "
+        "theirs stands"
+    )
 
 
 def restored(live: Live, before: dict[str, Any], place: Place) -> str:
@@ -234,10 +261,11 @@ def restored(live: Live, before: dict[str, Any], place: Place) -> str:
 
 
 @contextlib.contextmanager
-def exclusive(app: str, doing: str) -> Iterator[None]:
-    """Keep every other promotion and deployment of an application out during the block.
+def exclusive(doing: str) -> Iterator[None]:
+    """Keep every other promotion and deployment out during the block.
 
-    The lock is a named actor that the connected process owns: it ends with that process.
+    One lock for the whole Serve, because all of them read, change and write one document. It is a
+    named actor that the connected process owns, and ends with that process.
 
     Raises:
         RolloutError: another one is under way; the message says whose.
@@ -251,15 +279,14 @@ def exclusive(app: str, doing: str) -> Iterator[None]:
         def who(self) -> str:
             return self._who
 
-    name = f"promotion:{app}"
     who = f"{doing}, by {user()} on {socket.gethostname()}, process {os.getpid()}, "
     who += f"since {time.strftime('%H:%M:%S')}"
     try:
         actor: Any = ray.remote(num_cpus=0)(Holder)
-        actor = actor.options(name=name, namespace=_NAMESPACE).remote(who)
+        actor = actor.options(name=_LOCK, namespace=_NAMESPACE).remote(who)
     except ValueError:
         raise RolloutError(
-            f"application {app} is being changed already: {_holder(name)}; wait for it"
+            f"this Serve is being changed already: {_holder()}; wait for it"
         ) from None
     try:
         try:
@@ -271,17 +298,9 @@ def exclusive(app: str, doing: str) -> Iterator[None]:
         ray.kill(actor)
 
 
-def _holder(name: str) -> str:
+def _holder() -> str:
     try:
-        handle = ray.get_actor(name, namespace=_NAMESPACE)
+        handle = ray.get_actor(_LOCK, namespace=_NAMESPACE)
         return str(ray.get(handle.who.remote(), timeout=10))
     except (ValueError, ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
         return "by a process that ends just now"
-
-
-def user() -> str:
-    """Return who runs this process."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a passwd entry
-        return f"uid {os.getuid()}"

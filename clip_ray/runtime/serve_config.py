@@ -6,6 +6,7 @@ place: an application started by `serve run` is built anew and restarted by any 
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -143,19 +144,32 @@ def as_yaml(declared: dict[str, Any], config: ServeConfig, flag: str = "") -> st
         f"# Made by: python jobs/deploy.py --profile {config.profile}{flag}",
         "# Deploy with jobs/deploy.py, or `serve deploy` this file: the model is in user_config,",
         "# which jobs/promote.py --target file --file FILE rewrites, here and in a running Serve.",
+        "# Applying it makes the Serve what it says: an application that it lacks is deleted.",
     ]
     text = dump(declared)
     if PLACEHOLDER in text:
         lines.append("# It names no model yet: promote one into it, or give --model.")
+    elif flag:
+        lines += [
+            "# Printing stored nothing: jobs/deploy.py or jobs/promote.py puts the model into the",
+            "# model store, from which replicas load it.",
+        ]
     if config.profile != "local":
         env = haproxy_environment(config)
         lines.append("# Every node's environment, before Ray starts there:")
         lines += [f"#   {name}={value}" for name, value in env.items()]
         lines += [
-            "# HAProxy listens on all interfaces without authentication, for statistics (8404) and",
-            "# metrics (9101): only behind a firewall or a network policy.",
+            "# Beside the port below, on all interfaces: HAProxy's statistics (8404) and metrics",
+            "# (9101), without authentication; the fallback proxy (8500) and each replica (30000",
+            "# to 31000), with our keys. Only behind a firewall or a network policy.",
         ]
     return "\n".join(lines) + "\n" + text
+
+
+def with_head(old: str, declared: dict[str, Any]) -> str:
+    """Return a declarative config as YAML, under the comments at the head of an earlier text."""
+    lines = old.splitlines(keepends=True)
+    return "".join(itertools.takewhile(lambda line: line.startswith("#"), lines)) + dump(declared)
 
 
 def dump(declared: dict[str, Any]) -> str:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,13 +102,27 @@ def successor(model: ServedModel, current: Target | None, keep_previous: bool) -
     previous = None
     if current is not None and keep_previous:
         same = (current.id, current.digest) == (model.id, model.digest)
-        previous = current.previous if same else plain_model(current)
-    return Target(**plain_model(model).model_dump(), previous=previous)
+        previous = current.previous if same else current.plain()
+    return Target(**model.plain().model_dump(), previous=previous)
 
 
-def plain_model(model: ServedModel) -> ServedModel:
-    """Return the model of a target, without what belongs to the target."""
-    return ServedModel(**{name: getattr(model, name) for name in ServedModel.model_fields})
+def with_application(
+    config: dict[str, Any], name: str, application: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Return the config with one application put in, replaced or (None) taken out."""
+    found = [app.get("name", "default") for app in config["applications"]]
+    changed = {app_name: app for app_name, app in zip(found, config["applications"], strict=True)}
+    if application is None:
+        changed.pop(name, None)
+    else:
+        changed[name] = application
+    return {**config, "applications": list(changed.values())}
+
+
+def find_application(config: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """Return an application of a declarative config, None where it is not in it."""
+    found = (app for app in config["applications"] if app.get("name", "default") == name)
+    return next(found, None)
 
 
 class Live:
@@ -205,6 +220,15 @@ def plain_config(config: dict[str, Any]) -> dict[str, Any]:
 
     schema = ServeDeploySchema.model_validate(config)
     return schema.model_dump(mode="json", exclude_unset=True)
+
+
+def address_of_environment(say: Callable[[str], None]) -> str | None:
+    """Return RAY_ADDRESS, None where it names no Ray to connect to."""
+    address = os.environ.get("RAY_ADDRESS") or None
+    if address is not None and address.startswith(("http://", "https://")):
+        say(f"RAY_ADDRESS {address} is for `ray job submit`; it is not asked")
+        return None
+    return None if address == "local" else address
 
 
 @contextlib.contextmanager

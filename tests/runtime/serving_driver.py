@@ -94,15 +94,18 @@ def add(app: dict[str, Any]) -> None:
         time.sleep(0.1)
 
 
-def take_lock() -> None:
-    """Take the lock of promotions, and give it back."""
-    with exclusive("clip", "a test"):
-        pass
+def take_lock() -> str | None:
+    """Take the lock of promotions, and give it back; return why that is refused."""
+    try:
+        with exclusive("a test"):
+            return None
+    except RolloutError as error:
+        return str(error)
 
 
 def hold_lock(folder: Path) -> None:
     """Hold the lock of promotions until this process is killed; says so on standard output."""
     _connect(folder)
-    with exclusive("clip", "promotion of clip/77"):
+    with exclusive("promotion of clip/77"):
         print("held", flush=True)
         time.sleep(600)

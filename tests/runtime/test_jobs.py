@@ -44,7 +44,17 @@ def pictures(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", ["evaluate.py", "index.py", "prepare.py", "pretrain.py", "promote.py", "ui.py"]
+    "name",
+    [
+        "deploy.py",
+        "evaluate.py",
+        "index.py",
+        "keys.py",
+        "prepare.py",
+        "pretrain.py",
+        "promote.py",
+        "ui.py",
+    ],
 )
 def test_every_job_explains_itself(name):
     assert "usage" in script(name, "--help")

@@ -125,6 +125,12 @@ def test_comments_around_and_behind_stay():
     [
         ("a: 1", None, "expected a Serve config .applications: ....* or a RayService"),
         ("a: [", None, "not YAML"),
+        ("a: 2026-13-45", None, "not YAML"),
+        ("null\n---\na: 1", None, "expected a Serve config"),
+        ("applications: [1]", None, "expected a Serve config"),
+        ("applications: [{name: [a]}]", None, "expected a Serve config"),
+        ("applications: [{name: a, deployments: {}}]", None, "applications there: a"),
+        ("applications: [{name: a, deployments: [{user_config: {}}]}]", None, "expected a Serve"),
         ("applications: [{name: a, import_path: b:c}]", None, "applications there: a"),
         (SERVE, "birds", "expected an application birds .*applications there: other, clip"),
         (SERVE.replace("s3://b/", "models:/clip@champion/"), None, "resolve it with"),
@@ -174,6 +180,17 @@ def test_a_file_is_replaced_whole_and_keeps_its_permissions(tmp_path):
     assert os.listdir(tmp_path) == ["serve.yaml"]
     with pytest.raises(ConfigError, match="nowhere.yaml: cannot read it"):
         read_file(tmp_path / "nowhere.yaml")
+
+
+def test_a_link_to_a_file_stays_one(tmp_path):
+    """As ConfigMaps and checkouts of configurations have them."""
+    (tmp_path / "real").mkdir()
+    path, link = tmp_path / "real" / "serve.yaml", tmp_path / "serve.yaml"
+    path.write_text("a: 1\n")
+    link.symlink_to("real/serve.yaml")
+    write_file(link, "a: 2\n")
+    assert link.is_symlink() and path.read_text() == "a: 2\n"
+    assert os.listdir(tmp_path / "real") == ["serve.yaml"]
 
 
 FAKE_KUBECTL = """\

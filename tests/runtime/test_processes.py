@@ -257,7 +257,7 @@ def test_haproxy_keeps_to_its_own_directory_and_to_free_ports(tmp_path, listener
 def test_what_cannot_be_served_is_refused_before_anything_starts(
     tmp_path, flags, message, monkeypatch
 ):
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")  # of `ray job submit`: no Ray
     config = load(*flags.split(), recipe=PROFILES / "local.yaml")
     with pytest.raises(Exception, match=message) as caught:
         deploy(config, str(tmp_path), print)

@@ -15,7 +15,7 @@ import yaml
 from clip_ray import registry
 from clip_ray.errors import ClusterError, ConfigError, RegistryError
 from clip_ray.registry import Promotion, ServedModel, Target
-from clip_ray.runtime import promotion
+from clip_ray.runtime import promotion, serving
 from clip_ray.runtime.owner import read_config
 from clip_ray.runtime.promotion import HISTORY, Request, check, promote
 from clip_ray.runtime.rollout import RolloutError
@@ -102,16 +102,20 @@ def world(tmp_path, monkeypatch) -> World:
         made.events.append(f"roll out {place.target.id}")
         if made.refuse == "roll out":
             raise RolloutError("replica b cannot serve it\nrolled back: clip/1 is served")
+        if made.refuse == "controller":
+            raise ClusterError("Serve's controller does not answer")
         live.config = wanted
         return ["a", "b"]
 
-    def move_alias(name, version, digest, tracking_uri, tags, by):
+    def move_alias(name, version, digest, tracking_uri, tags):
+        if made.refuse == "alias":
+            raise RegistryError("MLflow at x: database is locked")
         made.events.append(f"alias {name}/{version} {tags['target']} {tags['replicas']}")
         return Promotion(name, version, digest, "1")
 
     @contextlib.contextmanager
-    def exclusive(app, doing):
-        made.events.append(f"lock {app}: {doing}")
+    def exclusive(doing):
+        made.events.append(f"lock: {doing}")
         yield
 
     @contextlib.contextmanager
@@ -122,6 +126,7 @@ def world(tmp_path, monkeypatch) -> World:
     for name, fake in {
         "store_model": store_model, "verify_in_process": verify, "move_alias": move_alias,
         "aliased": lambda name, tracking_uri: ("2", "2" * 64),
+        "latest_version": lambda name, uri: "9",
         "promote": lambda name, version, uri: Promotion(name, version, "2" * 64, None),
     }.items():  # fmt: skip
         monkeypatch.setattr(registry, name, fake)
@@ -152,7 +157,7 @@ def test_the_order(world):
     assert world.promote(address="head:1") == 0
     assert world.events == [
         "connect head:1",
-        "lock clip: promotion of clip/2",
+        "lock: promotion of clip/2",
         "store models:/clip/2 /store",
         "verify clip/2",
         "roll out clip/2",
@@ -201,6 +206,49 @@ def test_a_failed_rollout_leaves_the_alias_and_is_remembered(world):
     assert [line["outcome"] for line in world.history()] == ["failed", "promoted"]
 
 
+@pytest.mark.parametrize("refuse", ["roll out", "controller"])
+def test_every_failure_is_in_the_history(world, refuse):
+    world.serve(target("1"))
+    world.refuse = refuse
+    with pytest.raises((RolloutError, ClusterError)) as caught:
+        world.promote(address="head:1")
+    (line,) = world.history()
+    assert (line["outcome"], line["reason"]) == ("failed", str(caught.value))
+
+
+def test_where_mlflow_fails_at_the_end_it_is_said_and_the_same_command_mends_it(world):
+    world.serve(target("1"))
+    world.refuse = "alias"
+    with pytest.raises(RegistryError) as caught:
+        world.promote(address="head:1")
+    text = str(caught.value)
+    assert "every replica (2) serves clip/2, and the alias champion was not moved" in text
+    assert "database is locked\nrun the same command again" in text
+    assert world.served == target("2", previous="1")
+    (line,) = world.history()
+    assert (line["outcome"], line["replicas"]) == ("served, alias not moved", ["a", "b"])
+    assert "database is locked" in line["reason"]
+    world.refuse = None
+    world.promote(address="head:1")
+    assert world.events[-1] == "alias clip/2 serve 2"
+    assert world.served == target("2", previous="1")  # the way back is not lost
+    assert world.history()[-1]["outcome"] == "promoted"
+
+
+def test_dropping_the_previous_promotes_nothing_else(world):
+    """The newest version is 9."""
+    world.serve(target("3", "1"))
+    world.promote(version=None, drop_previous=True, address="head:1")
+    assert world.served == target("3")
+    world.promote(version=None, address="head:1")
+    assert world.served.id == "clip/9"
+    world.serve(target("3", name="birds"))
+    with pytest.raises(ConfigError, match="serves birds/3; which version of clip"):
+        world.promote(version=None, drop_previous=True, address="head:1", target="serve")
+    with pytest.raises(ConfigError, match="no Serve of this model is there"):
+        world.promote(drop_previous=True, target="none")
+
+
 def test_keep_previous_is_the_deployments(world):
     world.serve(target("1"), keep_previous=False)
     world.promote(address="head:1")
@@ -227,6 +275,33 @@ def test_what_deploy_applied_is_kept_true(world):
     assert places(yaml.safe_load(text))[0].target == target("2", previous="1")
 
 
+def test_what_deploy_applied_gets_the_applications_of_others(world):
+    """Applying a file deletes the applications that it lacks."""
+    world.serve(target("1"))
+    other = {"name": "other", "import_path": "a:b", "route_prefix": "/other"}
+    gone = {**other, "name": "gone", "route_prefix": "/gone"}
+    declared = config(target("1"), world.state)
+    declared["applications"].append(gone)
+    world.live.config["applications"].append(other)
+    owner = world.state / "serve.yaml"
+    world.state.mkdir()
+    owner.write_text("# mine\n" + yaml.safe_dump({**declared, "proxy_location": "HeadOnly"}))
+    world.promote(address="head:1")
+    written = yaml.safe_load(owner.read_text())
+    assert [app["name"] for app in written["applications"]] == ["clip", "other"]
+    assert written["applications"][1] == other
+    assert written["proxy_location"] == "HeadOnly"
+
+
+def test_a_damaged_file_of_deploy_is_told_and_stops_nothing(world):
+    world.serve(target("1"))
+    world.state.mkdir()
+    (world.state / "serve.yaml").write_bytes(b"\xff\xfe")
+    assert world.promote(address="head:1") == 0
+    assert any("serve.yaml still names the old model" in line for line in world.said)
+    assert world.events[-1] == "alias clip/2 serve 2"
+
+
 # ---------------------------------------------------------------------- where it goes
 
 
@@ -241,9 +316,20 @@ def test_a_serve_of_another_model_keeps_it_unless_told(world, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "head:2")
     assert world.promote() == 0
     assert world.events == ["connect head:2"]
+    monkeypatch.delenv("RAY_ADDRESS")
     assert "application clip serves birds/1 and keeps it" in world.said[0]
-    assert world.promote(target="serve") == 0
+    assert world.promote(target="serve", address="head:2") == 0
     assert world.served.id == "clip/2" and world.served.previous == model("1", "birds")
+
+
+def test_an_address_for_ray_job_submit_is_not_asked(world, monkeypatch):
+    """It is in the environment of whoever uses `ray job submit`."""
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    monkeypatch.setattr(promotion, "connected", serving.connected)
+    assert world.promote() == 0
+    assert world.said[0] == "RAY_ADDRESS http://head:8265 is for `ray job submit`; it is not asked"
+    with pytest.raises(ConfigError, match="http://head:8265: expected a Ray address"):
+        world.promote(address="http://head:8265")
 
 
 @pytest.mark.parametrize(
@@ -269,15 +355,31 @@ def file(world) -> Path:
     return path
 
 
-def test_a_file_is_rewritten_and_said_to_be_unconfirmed(world, file):
+def test_without_a_serve_to_ask_a_file_is_rewritten_and_the_alias_waits(world, file):
     assert world.promote(target="file", file=str(file)) == 0
     assert file.read_text().startswith("# mine\n")
     assert places(read_config(file.read_text(), ""))[0].target == target("2", previous="1")
-    assert world.events[-1] == "alias clip/2 file 0"
-    assert "whether replicas serve it was not asked" in "\n".join(world.said)
+    assert not any(event.startswith("alias") for event in world.events)
+    text = "\n".join(world.said)
+    assert "no replica was asked whether it serves it" in text
+    assert "alias champion was not moved" in text and "again with --address HEAD:6379" in text
+    assert "champion is version" not in text
+    assert world.history()[-1]["outcome"] == "written, not confirmed"
     assert not (world.state / "promotion/lease").exists() or not os.listdir(
         world.state / "promotion/lease"
     )
+
+
+def test_the_same_command_with_an_address_confirms_it_and_moves_the_alias(world, file):
+    world.promote(target="file", file=str(file))
+    text = file.read_text()
+    world.serve(places(yaml.safe_load(text))[0].target)  # somebody has applied it
+    assert world.promote(target="file", file=str(file), address="head:1") == 0
+    assert file.read_text() == text
+    assert world.served == target("2", previous="1")
+    assert world.events[-2:] == ["roll out clip/2", "alias clip/2 file 2"]
+    outcomes = [line["outcome"] for line in world.history()]
+    assert outcomes == ["written, not confirmed", "promoted"]
 
 
 def test_a_file_goes_to_the_running_serve_too(world, file):
@@ -362,7 +464,11 @@ def test_a_rayservice_gets_its_old_config_back(world, service):
 
 def test_a_rayservice_without_an_address_is_only_patched(world, service):
     assert world.promote(target="rayservice", rayservice="clip") == 0
-    assert world.events[-2:] == ["patch clip/2", "alias clip/2 rayservice 0"]
+    assert world.events[-1] == "patch clip/2"
+    assert world.history()[-1]["outcome"] == "written, not confirmed"
+    world.serve(target("2", previous="1"))  # the operator has applied it
+    assert world.promote(target="rayservice", rayservice="clip", address="h:1") == 0
+    assert world.events[-2:] == ["confirm clip/2", "alias clip/2 rayservice 2"]
 
 
 # ---------------------------------------------------------------------- --check
@@ -385,6 +491,7 @@ def test_check_compares_the_alias_with_every_replica(world, version, status):
 def test_check_of_a_file(world, file):
     assert check(world.request(target="file", file=str(file)), world.said.append) == 1
     assert world.promote(target="file", file=str(file)) == 0
+    # The fake's alias names version 2 in any case.
     assert check(world.request(target="file", file=str(file)), world.said.append) == 0
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from clip_ray.errors import ConfigError
+from clip_ray.errors import ClusterError, ConfigError
 from clip_ray.registry import ServedModel, Target
 from clip_ray.runtime import rollout
 from clip_ray.runtime.rollout import OvertakenError, RolloutError, confirm, gist, roll_out
@@ -191,12 +192,63 @@ def test_a_replica_that_cannot_serve_it_brings_the_old_config_back():
     assert "rolled back: clip/1 is served, as before" in str(caught.value)
 
 
-def test_what_is_written_back_is_what_was_there():
-    live = Controller(OLD, fails)
+NEWCOMER = {"name": "newcomer", "import_path": "c:d", "route_prefix": "/newcomer"}
+
+
+def others_change(live: Controller) -> None:
+    """Somebody adds an application, changes another, and sets the capacity."""
+    other, app = live.live["applications"]
+    applications = [{**other, "args": {"x": 2}}, app, NEWCOMER]
+    live.live = {"applications": applications, "target_capacity": 70.0}
+
+
+@pytest.mark.parametrize("fail", [False, True])
+def test_other_applications_are_left_as_they_are_by_then(fail):
+    def script(live: Controller) -> None:
+        if live.ticks == 2:
+            others_change(live)
+        elif live.ticks > 2:
+            (fails if fail else obeys)(live)
+
+    live = Controller(OLD, script)
     before = live.read()
-    with pytest.raises(RolloutError):
+    with pytest.raises(RolloutError, match="rolled back") if fail else contextlib.nullcontext():
         roll_out(live, with_target(before, PLACE, NEW), PLACE, 5)
-    assert live.written[-1] == before and live.live == before
+    expected = with_target(before, PLACE, OLD if fail else NEW)
+    expected["applications"][0]["args"] = {"x": 2}
+    expected["applications"].append(NEWCOMER)
+    assert live.live == {**expected, "target_capacity": 70.0}
+
+
+def test_what_changed_since_the_config_was_read_is_left_as_it_is():
+    live = Controller(OLD, obeys)
+    wanted = with_target(live.read(), PLACE, NEW)
+    others_change(live)
+    assert roll_out(live, wanted, PLACE, 5) == ["a", "b"]
+    assert live.live["target_capacity"] == 70.0
+    other, app, newcomer = live.live["applications"]
+    assert (other["args"], newcomer) == ({"x": 2}, NEWCOMER)
+    assert places({"applications": [app]})[0].target == NEW
+
+
+@pytest.mark.parametrize("theirs", [target(5), None])
+def test_a_rollback_does_not_undo_what_somebody_else_did_to_ours(theirs):
+    """Between the last look and the rollback."""
+
+    def script(live: Controller) -> None:
+        if live.ticks == 1:
+            return
+        if theirs is None:
+            live.live["applications"].pop()
+        else:
+            live.live = with_target(live.live, PLACE, theirs)
+        raise ClusterError("the controller does not answer")
+
+    live = Controller(OLD, script)
+    live.details()
+    with pytest.raises(OvertakenError, match="by somebody else meanwhile"):
+        roll_out(live, with_target(live.read(), PLACE, NEW), PLACE, 5)
+    assert [place.target for place in places(live.live)] == ([theirs] if theirs else [])
 
 
 def test_a_failure_of_an_earlier_target_is_none_of_this_one():

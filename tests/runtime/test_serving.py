@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -195,19 +194,14 @@ def test_it_says_where_it_serves_and_how_to_end_it(site):
 
 
 def test_a_target_reaches_every_replica_in_its_process(site):
-    before = site.pids()
-    assert len(before) == 2
+    """And a second application and options of all kinds survive, byte for byte."""
+    pids, before = site.pids(), site.ask(driver.config)
+    assert len(pids) == 2
     with Load(site):
-        replicas, error = site.ask(driver.promote, target("7", "7"))
+        replicas, error = site.ask(driver.promote, target("8", "8"))
     assert error is None
     assert set(replicas) == site.ask(driver.served).keys()
-    assert site.versions() == {"7"} and site.pids() == before
-
-
-def test_nothing_else_of_the_live_config_changes(site):
-    """A second application and options of all kinds survive, byte for byte."""
-    before = site.ask(driver.config)
-    assert site.ask(driver.promote, target("8", "8"))[1] is None
+    assert site.versions() == {"8"} and site.pids() == pids
     after = site.ask(driver.config)
     deployments = [app["deployments"][0] for app in after["applications"] if app["name"] == "clip"]
     assert deployments[0].pop("user_config")["version"] == "8"
@@ -236,9 +230,6 @@ def test_a_model_that_never_loads_is_rolled_back_in_time(site):
 
 def test_the_job_promotes_and_the_alias_follows(site):
     """And what owns the config is kept true: applying it again reverts nothing."""
-    text = site.promote("--check", code=1)
-    assert "alias champion     clip/1" in text and "the running Serve  clip/8" in text
-    assert text.count("ready") == 2 and "not all are what champion names" in text
     # The fake's target lies in no store.
     store = str(home(str(site.storage)) / "models")
     text = site.promote("--version", "2", "--model_store", store)
@@ -254,16 +245,24 @@ def test_the_job_promotes_and_the_alias_follows(site):
 
     pids = site.pids()
     owner = yaml.safe_load((state / "serve.yaml").read_text())
-    served = owner["applications"][0]["deployments"][0]["user_config"]
+    apps = {app["name"]: app for app in owner["applications"]}
+    assert apps.keys() == {"clip", "other"}
+    served = apps["clip"]["deployments"][0]["user_config"]
     assert (served["version"], served["digest"]) == ("2", site.digests["2"])
-    site.ask(driver.apply, state / "serve.yaml")  # it does not name the other application
+    site.ask(driver.apply, state / "serve.yaml")
     time.sleep(1)
     assert site.versions() == {"2"} and site.pids() == pids
+    assert site.get("/other") == (200, "other")
 
 
 def test_deploying_again_keeps_the_promoted_model(site):
     pids = site.pids()
-    text = site.run(*site.deploy("--serve.port", str(site.port)))
+    with ThreadPoolExecutor(1) as pool:  # the two take as long as one
+        checked = pool.submit(site.promote, "--check")
+        text = site.run(*site.deploy("--serve.port", str(site.port)))
+    said = checked.result()
+    assert "alias champion     clip/2" in said and "the running Serve  clip/2" in said
+    assert said.count("ready") == 2 and "all the same" in said
     assert "updating it" in text and "keeping clip/2, which is served" in text
     assert site.versions() == {"2"} and site.pids() == pids
 
@@ -275,15 +274,13 @@ def test_two_promotions_at_once(site):
     holder = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE)
     try:
         assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
-        text = site.promote("--version", "1", code=2)
+        text = site.ask(driver.take_lock)
         assert "is being changed already: promotion of clip/77, by " in text
         assert f"process {holder.pid}" in text
-        assert site.versions() == {"2"}
-        assert aliased("clip", tracking_uri=site.uri) == ("2", site.digests["2"])
     finally:
         holder.kill()
         holder.wait()
-    site.ask(driver.take_lock)
+    assert site.ask(driver.take_lock) is None
 
 
 def test_a_new_replica_serves_the_promoted_model(site):
@@ -301,13 +298,12 @@ def test_down_answers_what_has_begun_and_leaves_no_listener(site):
     with ThreadPoolExecutor(1) as pool:
         begun = pool.submit(site.get, "/wait?seconds=2")
         time.sleep(0.3)
-        down = (sys.executable, "jobs/deploy.py", "--down", "--storage", str(site.storage))
+        # Nothing is installed, and the environment is this one.
+        make = ("make", "-o", "install", f"BIN={Path(sys.executable).parent}")
+        down = (*make, "serve-down", f"STORAGE={site.storage}")
         assert "nothing of it listens any more" in site.run(*down)
         assert begun.result(10)[0] == 200
     assert site.foreground.wait(10) == 128 + signal.SIGTERM
     assert not processes.listens("127.0.0.1", site.port)
     assert read_running(home(str(site.storage))) is None
     assert not [p for p, since in running.children.items() if processes.started(p) == since]
-    assert shutil.which("make")  # what make serve-down runs:
-    makefile = (ROOT / "Makefile").read_text()
-    assert "jobs/deploy.py --down --storage $(STORAGE)" in makefile

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import itertools
 import os
 import signal
 import subprocess
@@ -105,38 +106,55 @@ class Load:
 async def load(
     url: str,
     bodies: list[dict[str, Any]],
-    clients: int,
     stop: asyncio.Event,
-    headers: dict[str, str] | None = None,
+    clients: int = 0,
     pause_s: float = 0.0,
+    rate: float = 0.0,
 ) -> Load:
-    """Send embedding requests from closed-loop clients until `stop`; nothing is retried."""
-    seen = Load()
-    connector = aiohttp.TCPConnector(limit=clients)
-    async with aiohttp.ClientSession(connector=connector, headers=headers) as session:
+    """Send embedding requests until `stop`; nothing is retried.
 
-        async def client(number: int) -> None:
-            index = number
+    Args:
+        url: of the Serve.
+        bodies: requests, sent in turn.
+        stop: ends it.
+        clients: closed loop: each sends its next when it has an answer, and has paused.
+        pause_s: of a client.
+        rate: open loop in the place of clients: requests a second, Poisson, whatever is answered.
+    """
+    seen = Load()
+    turn = itertools.count()
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector) as session:
+
+        async def send() -> None:
+            which, start = next(turn) % len(bodies), time.monotonic()
+            try:
+                async with session.post(f"{url}/v1/embeddings", json=bodies[which]) as answer:
+                    if answer.status != 200:
+                        seen.failures.append(f"{answer.status} {await answer.text()}")
+                        return
+                    document = await answer.json()
+            except (aiohttp.ClientError, OSError) as error:
+                seen.failures.append(f"{type(error).__name__}: {error}")
+                await asyncio.sleep(0.05)
+                return
+            now = time.monotonic()
+            features = features_of(document)
+            seen.answers.append((now, now - start, which, document["model"], features))
+
+        async def client() -> None:
             while not stop.is_set():
-                start = time.monotonic()
-                which = index % len(bodies)
-                try:
-                    async with session.post(f"{url}/v1/embeddings", json=bodies[which]) as answer:
-                        document = await answer.json()
-                        if answer.status != 200:
-                            seen.failures.append(f"{answer.status} {document}")
-                            continue
-                except (aiohttp.ClientError, OSError, ValueError) as error:
-                    seen.failures.append(f"{type(error).__name__}: {error}")
-                    await asyncio.sleep(0.05)
-                    continue
-                now = time.monotonic()
-                features = features_of(document)
-                seen.answers.append((now, now - start, which, document["model"], features))
-                index += clients
+                await send()
                 await asyncio.sleep(pause_s)
 
-        await asyncio.gather(*(client(number) for number in range(clients)))
+        async def arrivals() -> None:
+            gaps = np.random.default_rng(0)
+            async with asyncio.TaskGroup() as group:
+                while not stop.is_set():
+                    group.create_task(send())
+                    await asyncio.sleep(gaps.exponential(1 / rate))
+
+        await asyncio.gather(*([arrivals()] if rate else [client() for _ in range(clients)]))
     return seen
 
 

@@ -171,9 +171,10 @@ class Site:
 
     async def _start(self) -> None:
         self.engine = Engine(self.settings, 1, self.metrics, self._folder / "cache")
-        await self.engine.start(Target(**self.model.model_dump()).model_dump())
         store = LocalStore(self._folder / "state")
         self.classifiers = ClassifierStore(store, self.engine.build, self.settings.limits)
+        self.engine.prepare = self.classifiers.prepare
+        await self.engine.start(Target(**self.model.model_dump()).model_dump())
         limit = int(self.settings.limits.image_mb * 1e6)
         self.fetcher = self._fetcher or Fetcher(self.settings.image_urls, limit)
         self.app = self._make_app(
@@ -198,6 +199,8 @@ class Site:
 
     def gate(self) -> Gate:
         """Return the layer that counts who is in."""
+        if self.app.middleware_stack is None:  # no request has come yet
+            self.app.middleware_stack = self.app.build_middleware_stack()
         layer: Any = self.app.middleware_stack
         while not isinstance(layer, Gate):
             layer = layer.app

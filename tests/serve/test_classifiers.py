@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -256,7 +257,7 @@ def test_callers_of_one_matrix_share_its_computation(site):
         await a.put("key", "pets", PETS)
         calls = [asyncio.create_task(a.matrix(model(), "key", "pets")) for _ in range(4)]
         calls.append(asyncio.create_task(a.matrix(model(OLD), "key", "pets")))
-        await settle(build, 2)
+        await settle(build)
         calls[0].cancel()
         build.go.set()
         results = await asyncio.gather(*calls, return_exceptions=True)
@@ -320,8 +321,99 @@ def test_what_is_deleted_while_its_matrix_is_computed_leaves_no_file(site):
         await settle(build)
         await b.delete("key", "pets")
         build.go.set()
-        await call  # it was there when it was asked for
-        assert site.store.files() == []
+        assert await refused(call) == (404, "classifier_not_found")
+        assert site.store.files() == [] and a._matrices.bytes == 0
+
+    asyncio.run(run())
+
+
+def labelled(number):
+    return Definition((f"label {number}",), ("{}",), "softmax")
+
+
+async def leave(call):
+    """Ask, and leave before the answer."""
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(call, 0.02)
+
+
+def test_one_matrix_is_computed_at_a_time_and_few_wait(site):
+    async def run():
+        a, build = site.replica()
+        build.go = asyncio.Event()
+        for number in range(7):
+            await a.put("key", f"id{number}", labelled(number))
+        for number in range(5):
+            await leave(a.matrix(model(), "key", f"id{number}"))
+        assert len(build.calls) == 1
+        assert await refused(a.matrix(model(), "key", "id5")) == (429, "overloaded")
+        preparing = asyncio.create_task(a.prepare(model(), frozenset()))  # waits nevertheless
+        await asyncio.sleep(0.02)
+        build.go.set()
+        assert await preparing == 7 and a.failures == 0
+        assert len(build.calls) == 7 and len(site.matrices) == 7  # those left behind, too
+
+    asyncio.run(run())
+
+
+def test_clients_that_put_ask_and_leave_pile_nothing_up(site):
+    async def run():
+        a, build = site.replica()
+        build.go = asyncio.Event()
+        for number in range(30):
+            await a.put("key", "same", labelled(number))
+            await leave(a.matrix(model(), "key", "same"))
+            assert len(a._work) == 1 and a._waiting == 0  # that of the newest
+        assert await a.delete("key", "same")
+        await asyncio.sleep(0.02)
+        assert a._work == {} and not a._building.locked()
+        build.go.set()
+        await a.put("key", "same", labelled(0))
+        await a.matrix(model(), "key", "same")
+
+    asyncio.run(run())
+
+
+def test_who_waits_for_what_is_replaced_is_told_soon(site):
+    async def run():
+        a, build = site.replica()
+        build.go = asyncio.Event()
+        for id in ("busy", "replaced", "deleted", "scored"):
+            await a.put("key", id, PETS)
+        calls = [asyncio.create_task(a.matrix(model(), "key", "busy"))]
+        await settle(build)
+        for id in ("replaced", "deleted", "scored"):
+            calls.append(asyncio.create_task(a.matrix(model(), "key", id)))
+        while a._waiting < 3:
+            await asyncio.sleep(0.001)
+        await a.put("key", "replaced", CARS)
+        await a.put("key", "scored", Definition(PETS.labels, PETS.templates, "sigmoid"))
+        await a.delete("key", "deleted")
+        async with asyncio.timeout(1):  # though what is computed goes on
+            assert await refused(calls[1]) == (409, "classifier_changed")
+            assert await refused(calls[2]) == (404, "classifier_not_found")
+        build.go.set()
+        await asyncio.gather(calls[0], calls[3])
+
+    asyncio.run(run())
+
+
+def test_what_another_replica_replaced_is_not_computed(site):
+    async def run():
+        (a, build), (b, _) = site.replica(), site.replica()
+        build.go = asyncio.Event()
+        await a.put("key", "busy", CARS)
+        await a.put("key", "pets", PETS)
+        busy = asyncio.create_task(a.matrix(model(), "key", "busy"))
+        await settle(build)
+        waits = asyncio.create_task(a.matrix(model(), "key", "pets"))
+        while not a._waiting:
+            await asyncio.sleep(0.001)
+        await b.put("key", "pets", CARS)
+        build.go.set()
+        assert await refused(waits) == (409, "classifier_changed")
+        await busy
+        assert len(build.calls) == 1
 
     asyncio.run(run())
 
@@ -388,7 +480,7 @@ def test_a_file_that_cannot_be_read_concerns_its_id_alone(site, content):
         listed = await b.list("key")
         assert [one.id for one in listed] == ["cars", "pets", "zoo"]
         assert [one.error is None for one in listed] == [True, False, True]
-        assert listed[1].definition is None and BAD[content] in listed[1].error
+        assert listed[1].labels == 0 and BAD[content] in listed[1].error
         assert await b.prepare(model(), frozenset()) == 2 and b.failures == 1
         await b.matrix(model(), "key", "cars")
         assert (await b.put("key", "pets", CARS)).labels == CARS.labels
@@ -463,7 +555,8 @@ def test_namespaces_of_any_spelling_stay_apart_and_inside(site, tmp_path):
         b, _ = site.replica()
         for number, namespace in enumerate(HOSTILE):
             (listed,) = await b.list(namespace)
-            assert (listed.id, listed.definition.labels) == ("id", (f"label {number}",))
+            assert (listed.id, listed.labels) == ("id", 1)
+            assert (await b.get(namespace, "id")).labels == (f"label {number}",)
         assert len({folder_of(namespace).lower() for namespace in HOSTILE}) == len(HOSTILE)
         assert await b.prepare(model(), frozenset()) == len(HOSTILE)
         assert await b.delete("..", "id") and await b.list("..") == ()
@@ -520,6 +613,57 @@ def test_limits(site):
         with pytest.raises(ApiError) as caught:
             await a.put("key", "two", Definition(("a",), ("{}", "photo"), "softmax"))
         assert (caught.value.status, caught.value.param) == (400, "templates[1]")
+        long = Definition(("a" * 999,), ("{}" * 500,), "softmax")
+        assert await refused(a.put("key", "two", long)) == (413, "text_too_long")
+
+    asyncio.run(run())
+
+
+def test_puts_at_once_keep_the_number_of_classifiers(site):
+    async def run():
+        a, _ = site.replica(limits=Limits(stored_classifiers=2))
+        puts = [a.put("key", f"id{number}", PETS) for number in range(6)]
+        results = await asyncio.gather(*puts, return_exceptions=True)
+        assert sum(isinstance(one, ApiError) and one.status == 409 for one in results) == 4
+        assert len(await a.list("key")) == 2 and len(a._putting) == 0
+
+    asyncio.run(run())
+
+
+class CountedReads:
+    """A store that notes how many reads are under way at once."""
+
+    def __init__(self, inner, most):
+        self.inner, self.most, self.now = inner, most, 0
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def child(self, name):
+        return CountedReads(self.inner.child(name), self.most)
+
+    def read(self, name, start=0, stop=None):
+        self.now += 1
+        self.most.append(self.now)
+        time.sleep(0.005)
+        self.now -= 1
+        return self.inner.read(name, start, stop)
+
+
+def test_a_listing_holds_one_definition_at_a_time(site):
+    async def run():
+        a, _ = site.replica()
+        for number in range(6):
+            await a.put("key", f"id{number}", CARS)
+        most = []
+        site.store = CountedReads(site.store, most)
+        b, _ = site.replica()
+        listed = await b.list("key")
+        assert len(most) == 6 and max(most) == 1
+        assert [(one.labels, one.templates, one.scoring) for one in listed] == [
+            (3, 1, "sigmoid")
+        ] * 6
+        assert all(one.created.endswith("+00:00") and one.error is None for one in listed)
 
     asyncio.run(run())
 

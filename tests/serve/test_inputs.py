@@ -23,8 +23,9 @@ BARE = base64.b64encode(PNG).decode()
 URI = data_uri(PNG)
 LIMITS = Limits()
 SMALL = Limits(
-    items=3, image_mb=0.01, text_chars=20, prompts=6, stored_prompts=8, body_mb=1, ongoing=1
-)
+    items=3, image_mb=0.01, text_chars=20, prompts=6, stored_prompts=8, body_mb=1, ongoing=1,
+    predictions=21,
+)  # fmt: skip
 
 
 def body(document: Any, content_type: str = "application/json") -> Body:
@@ -420,16 +421,51 @@ def test_one_template_is_the_default() -> None:
             "labels[0]",
         ),
         (
-            {"input": URI, "labels": ["a" * 11], "templates": ["b" * 8 + "{}"]},
+            {"input": URI, "labels": ["a", "a" * 11], "templates": ["{}", "b" * 10 + "{c}"]},
             413,
             "text_too_long",
-            "labels",
+            "templates[1]",
         ),
+        (
+            {"input": URI, "labels": ["a" * 5, "b"], "templates": ["{}{}{}{}{}"]},
+            413,
+            "text_too_long",
+            "templates[0]",
+        ),
+        ({"input": [URI] * 3, "labels": ["a"], "top_k": 8}, 413, "too_many_predictions", "top_k"),
     ],
 )
 def test_classify_refusals(fields: dict[str, Any], status: int, code: str, param: str) -> None:
     error = refusal(inputs.read_classify, fields, SMALL)
     assert (error.status, error.code, error.param) == (status, code, param), error.message
+
+
+@pytest.mark.parametrize("template", ["{}" * 10, "{c}" * 6 + "{}", "a {}."])
+def test_the_length_of_a_prompt_is_that_of_its_text(template: str) -> None:
+    """The longest label that is taken fills a template to the limit, and one character more not."""
+    place = "{c}" if "{c}" in template else "{}"
+    fits = max(n for n in range(1, 20) if len(template.replace(place, "x" * n)) <= 20)
+    for read, fields in ((inputs.read_classify, {"input": URI}), (inputs.read_classifier, {})):
+        document = {**fields, "labels": ["x" * fits, "y"], "templates": [template]}
+        read(body(document), SMALL)
+        document["labels"] = ["x" * (fits + 1), "y"]
+        error = refusal(read, document, SMALL)
+        assert (error.status, error.code, error.param) == (413, "text_too_long", "templates[0]")
+        assert f"{len(template.replace(place, 'x' * (fits + 1)))} characters" in error.message
+
+
+def test_gigabytes_of_prompts_in_a_small_body_are_refused() -> None:
+    fields = {"labels": ["x" * 999], "templates": ["{}" * 500] * 8000}
+    error = refusal(inputs.read_classify, {"input": URI, **fields})
+    assert (error.status, error.code) == (413, "text_too_long") and "499500" in error.message
+
+
+def test_predictions_count_the_default_too() -> None:
+    few = Limits(items=3, predictions=14)
+    inputs.read_classify(body({"input": [URI] * 2, "labels": ["a"], "top_k": 7}), few)
+    error = refusal(inputs.read_classify, {"input": [URI] * 3, "labels": ["a"]}, few)
+    assert (error.status, error.code) == (413, "too_many_predictions")
+    assert "3 images x top_k 5 = 15 predictions, limit 14" in error.message
 
 
 def test_too_many_prompts_name_the_way_out() -> None:
@@ -600,6 +636,21 @@ def test_a_text_field_to_classify_is_refused() -> None:
     assert refusal(inputs.read_classify, Body(data, headers["content-type"])).status == 400
 
 
+@pytest.mark.parametrize(
+    ("read", "names"),
+    [
+        (inputs.read_classify, ["labels", "templates", "classifier", "scoring", "top_k", "model"]),
+        (inputs.read_embeddings, ["text", "model", "encoding_format", "user"]),
+    ],
+)
+def test_a_text_field_that_is_sent_as_a_file_is_no_image(read: Any, names: list[str]) -> None:
+    for name in names:
+        data, headers = form(("image", PNG, "a"), (name, PNG, "labels.txt"))
+        error = refusal(read, Body(data, headers["content-type"]))
+        assert (error.status, error.code, error.param) == (400, "invalid_form", name)
+        assert "as a file" in error.message
+
+
 def test_too_many_parts() -> None:
     data, headers = form(*[("labels", "a")] * 40, ("image", PNG, "a"))
     error = refusal(inputs.read_classify, Body(data, headers["content-type"]), SMALL)
@@ -649,7 +700,7 @@ def test_boundaries_inside_files_are_found_only_at_line_starts() -> None:
 
 
 def test_a_file_as_the_whole_body() -> None:
-    for kind in inputs.IMAGE_TYPES:
+    for kind in (*inputs.IMAGE_TYPES, "image/jpg"):
         read = inputs.read_embeddings(Body(JPEG, kind, "model=clip&encoding_format=base64"), LIMITS)
         assert read.items == [Item("input", image=JPEG)]
         assert (read.model, read.base64) == ("clip", True)

@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from clip_ray.registry import ServedModel
+from serve import middleware
 from serve.errors import ApiError
 from tests.serve.models import picture
 from tests.serve.support import JSON, Answer, Client, Site, call, data_uri, running
@@ -29,10 +30,11 @@ LIMITS = {
     "text_chars": 30,
     "prompts": 6,
     "stored_prompts": 8,
+    "predictions": 16,
     "stored_classifiers": 2,
     "request_s": 1.0,
     "body_s": 0.5,
-    "memory_mb": 0.4,  # half of it for bodies
+    "memory_mb": 0.8,  # a quarter of it for bodies
     "queue_s": 0.15,
     "ongoing": 2,
     "queued": 2,
@@ -106,6 +108,13 @@ OVER: list[tuple[str, str, str, Any, int, str, str | None]] = [
     ("text_chars", "POST", EMBED, {"input": ["a" * 31]}, 413, "text_too_long", "input[0]"),
     ("prompts", "POST", "/v1/classify", {"input": URI, "labels": LABELS7}, 413, "too_many_prompts",
      "labels"),
+    ("text_chars", "POST", "/v1/classify",
+     {"input": URI, "labels": ["abc"], "templates": ["{}", "{}" * 11]}, 413, "text_too_long",
+     "templates[1]"),
+    ("text_chars", "PUT", "/v1/classifiers/x", {"labels": ["abc"], "templates": ["{}" * 11]}, 413,
+     "text_too_long", "templates[0]"),
+    ("predictions", "POST", "/v1/classify", {"input": [URI] * 3, "labels": ["a"] * 6, "top_k": 6},
+     413, "too_many_predictions", "top_k"),
     ("stored_prompts", "PUT", "/v1/classifiers/x", {"labels": ["a"] * 9}, 413, "too_many_prompts",
      "labels"),
 ]  # fmt: skip
@@ -218,6 +227,32 @@ def test_bodies_wait_for_memory_and_are_refused_in_time(
     # Two fit into 200,000 bytes; the others wait 0.15 s and are told, the two go on.
     assert tight.run(crowd()) == [429, 429, 200, 200]
     assert tight.engine.budget.peak <= 200_000
+
+
+def test_idle_connections_that_promise_large_bodies_keep_nobody_out(
+    tight: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tight.gate(), "_most", 10)
+    monkeypatch.setattr(middleware, "_GROWTH", 10_000)
+    body = TEXT.ljust(90_000)
+    headers = {**JSON, "content-length": str(len(body))}
+
+    async def run() -> list[int]:
+        go = asyncio.Event()
+        idle = [
+            asyncio.create_task(
+                call(tight.app, "POST", EMBED, headers=headers, client=Client([body[:9], go, b""]))
+            )
+            for _ in range(4)
+        ]
+        await asyncio.sleep(0.02)
+        reserved = tight.engine.budget.in_use
+        # Announced or not: what comes is taken in steps.
+        answer = await call(tight.app, "POST", EMBED, [body[:50_000], body[50_000:]], headers)
+        go.set()
+        return [reserved, answer.status, *(one.status for one in await asyncio.gather(*idle))]
+
+    assert tight.run(run()) == [40_000, 200, 400, 400, 400, 400]
 
 
 def test_memory_is_reserved_as_a_body_of_unknown_length_grows(tight: Site) -> None:

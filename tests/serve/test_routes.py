@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import io
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,18 +14,19 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+from PIL import Image
 
 from clip_ray.config.serving import AppSettings
 from clip_ray.eval.prompts import DEFAULT_TEMPLATES
 from clip_ray.inference import Encoder
-from clip_ray.registry import ServedModel
-from serve import middleware, schemas
+from clip_ray.registry import ServedModel, Target
+from serve import answers, middleware, schemas
 from serve.engine import Engine
 from serve.errors import ApiError
 from serve.metrics import Metrics
 from serve.routes import create_app
-from tests.serve.models import picture
-from tests.serve.support import Answer, Site, data_uri, form, running
+from tests.serve.models import export, picture
+from tests.serve.support import Answer, Site, call, data_uri, form, running
 
 PICTURES = [picture(seed) for seed in range(4)]
 URIS = [data_uri(image) for image in PICTURES]
@@ -118,6 +122,30 @@ def test_all_formats(site: Site, encoder: Encoder, kind: str) -> None:
     image = picture(5, kind)
     found = vectors(site.post(EMBED, {"input": {"image": data_uri(image)}}))
     assert (cosines(found, encoder.encode_images([image])) > 0.99999).all()
+
+
+def test_a_moving_gif_is_its_first_frame(site: Site, encoder: Encoder) -> None:
+    frames = [Image.open(io.BytesIO(picture(seed))).convert("P") for seed in (5, 6)]
+    data = io.BytesIO()
+    frames[0].save(data, "GIF", save_all=True, append_images=frames[1:], duration=100)
+    still = io.BytesIO()
+    frames[0].save(still, "GIF")
+    found = vectors(site.post(EMBED, {"input": {"image": data_uri(data.getvalue())}}))
+    expected, other = encoder.encode_images([still.getvalue(), picture(6)])
+    assert cosines(found, expected[None])[0] > 0.99999 > cosines(found, other[None])[0]
+
+
+@pytest.mark.parametrize(
+    ("size", "told"),
+    [((3, 40), "side allowed 4"), ((40, 3), "side allowed 4"), ((101, 5), "20-fold")],
+)
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_images_without_a_picture(site: Site, kind: str, size: Any, told: str) -> None:
+    image = {"image": data_uri(picture(0, kind, size))}
+    answer = site.post(EMBED, {"input": ["a", image]})
+    assert (answer.status, answer.error["code"]) == (422, "undecodable_image")
+    assert answer.error["param"] == "input[1]"
+    assert f"{size[0]}x{size[1]}" in answer.error["message"] and told in answer.error["message"]
 
 
 def test_a_body_that_is_read_in_a_thread(site: Site, encoder: Encoder) -> None:
@@ -322,6 +350,41 @@ def test_more_labels_asked_for_than_there_are(site: Site) -> None:
     assert (answer.status, answer.error["param"]) == (400, "top_k")
 
 
+def test_large_answers_are_made_off_the_event_loop(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+    scored = answers.classify
+
+    def noted(*args: Any) -> Any:
+        threads.append(threading.get_ident())
+        return scored(*args)
+
+    monkeypatch.setattr(answers, "classify", noted)
+    loop = site.call("GET", "/health") and site.run(_thread())
+    labels = [f"n{n}" for n in range(600)]
+    fields: dict[str, Any] = {"input": URIS[:2], "labels": labels, "templates": ["{}"]}
+    small = classify(site, **fields, top_k=500)
+    large = classify(site, **fields, top_k=501)
+    assert threads[0] == loop != threads[1]
+    assert small["data"][0]["predictions"] == large["data"][0]["predictions"][:500]
+
+
+async def _thread() -> int:
+    return threading.get_ident()
+
+
+def test_answers_of_long_labels_are_bounded(site: Site) -> None:
+    """The labels of an answer may be many times those of its request."""
+    long = [f"{n} {'x' * 1900}" for n in range(30)]
+    body = {"input": URIS[:1] * 40, "labels": [*long, "a"], "templates": ["{}"], "top_k": 28}
+    answer = site.post("/v1/classify", body)
+    assert (answer.status, answer.error["code"]) == (413, "too_many_predictions")
+    assert answer.error["param"] == "top_k" and "characters" in answer.error["message"]
+    body = {**body, "labels": [long[0], *(f"n{n}" for n in range(30))]}  # one alone is fine
+    assert site.post("/v1/classify", body).status == 200
+
+
 def test_many_labels(site: Site, encoder: Encoder) -> None:
     labels = [f"n{n}" for n in range(300)]  # several blocks of the classifier's computation
     expected = logits(site, encoder, labels, ["{}"])[0]
@@ -412,6 +475,26 @@ def test_impossible_ids(site: Site, method: str) -> None:
     assert (answer.status, answer.error["code"]) == (400, "invalid_classifier_id")
 
 
+def test_stored_classifiers_are_ready_before_another_model_serves(
+    tmp_path: Path, served: ServedModel
+) -> None:
+    other = export(tmp_path / "other", 2, "8")
+    with running(Site(tmp_path, served)) as site:
+        assert site.call("PUT", "/v1/classifiers/pets", {"labels": ["a", "b"]}).status == 200
+        body = json.dumps({"input": URIS[0], "classifier": "pets"}).encode()
+
+        async def promote() -> Answer:
+            site.engine.retarget(Target(**other.model_dump()).model_dump())
+            async with asyncio.timeout(30):
+                while site.engine.pick(None).id != "clip/8":
+                    await asyncio.sleep(0)
+            headers = {"content-type": "application/json"}
+            return await call(site.app, "POST", "/v1/classify", [body], headers)
+
+        answer = site.run(promote()).json()
+        assert (answer["model"], answer["cached"]) == ("clip/8", True)
+
+
 # Models, health
 
 
@@ -432,8 +515,6 @@ def test_health_and_ready(site: Site) -> None:
 
 
 def test_before_a_model_is_loaded(site: Site, tmp_path: Path) -> None:
-    from tests.serve.support import call
-
     async def ask() -> None:
         engine = Engine(AppSettings(device="cpu"), 1, Metrics(), tmp_path)
         app = create_app(
@@ -463,6 +544,11 @@ class Web:
     def __init__(self) -> None:
         self.pages: dict[str, bytes | ApiError] = {}
         self.asked: list[str] = []
+        self.refused: set[str] = set()
+
+    def _checked(self, url: str) -> None:
+        if url in self.refused:
+            raise ApiError(400, "image_url_refused", "not this one")
 
     async def get(self, url: str) -> bytes:
         self.asked.append(url)
@@ -502,6 +588,43 @@ def test_images_by_url(web: tuple[Site, Web], encoder: Encoder) -> None:
     assert (cosines(vectors(answer), expected[2:3]) > 0.99999).all()
     assert site.post("/v1/classify", {"input": urls[0], "labels": ["a"]}).status == 200
     assert site.engine.budget.in_use == 0
+
+
+def test_urls_that_are_refused_take_no_memory(web: tuple[Site, Web]) -> None:
+    site, pages = web
+    budget = site.engine.budget
+    pages.asked.clear()
+    pages.refused = {"https://x.org/b"}
+    items = [{"image": f"https://x.org/{name}"} for name in "ab"]
+    body = json.dumps({"input": items}).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(body))}
+    budget.peak = 0
+    answer = site.post(EMBED, body, headers=headers)
+    pages.refused = set()
+    assert (answer.status, answer.error["code"]) == (400, "image_url_refused")
+    assert answer.error["param"] == "input[1]"
+    assert pages.asked == [] and budget.peak == len(body)
+
+
+def test_urls_never_wait_for_memory_that_only_they_can_free(web: tuple[Site, Web]) -> None:
+    """When all who hold memory need more, one is told at once and the others go on."""
+    site, pages = web
+    pages.pages = {"https://x.org/a": PICTURES[0]}
+    body = json.dumps({"input": {"image": "https://x.org/a"}}).encode().ljust(20_000)
+    headers = {"content-type": "application/json", "content-length": str(len(body))}
+    budget = site.engine.budget
+
+    async def run() -> list[int]:
+        before, budget.total = budget.total, 50_000  # two bodies; an image is up to 20,000
+        try:
+            async with asyncio.timeout(2):  # nobody waits for queue_s, which is 5
+                asked = [call(site.app, "POST", EMBED, [body], headers) for _ in range(2)]
+                return sorted(one.status for one in await asyncio.gather(*asked))
+        finally:
+            budget.total = before
+
+    assert site.run(run()) == [200, 429]
+    assert budget.in_use == 0
 
 
 @pytest.mark.parametrize(
