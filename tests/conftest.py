@@ -19,6 +19,7 @@ BUCKET = "bucket"
 _START_S = 60
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let the tests that use Ray come first, in one of `make test`'s processes.
 

@@ -346,7 +346,8 @@ def test_one_matrix_is_computed_at_a_time_and_few_wait(site):
         for number in range(5):
             await leave(a.matrix(model(), "key", f"id{number}"))
         assert len(build.calls) == 1
-        assert await refused(a.matrix(model(), "key", "id5")) == (429, "overloaded")
+        async with asyncio.timeout(5):
+            assert await refused(a.matrix(model(), "key", "id5")) == (429, "overloaded")
         preparing = asyncio.create_task(a.prepare(model(), frozenset()))  # waits nevertheless
         await asyncio.sleep(0.02)
         build.go.set()

@@ -618,7 +618,15 @@ def test_urls_never_wait_for_memory_that_only_they_can_free(web: tuple[Site, Web
         before, budget.total = budget.total, 50_000  # two bodies; an image is up to 20,000
         try:
             async with asyncio.timeout(2):  # nobody waits for queue_s, which is 5
-                asked = [call(site.app, "POST", EMBED, [body], headers) for _ in range(2)]
+                go = asyncio.Event()
+                chunks = [body[:10], go, body[10:]]
+                asked = [
+                    asyncio.create_task(call(site.app, "POST", EMBED, chunks, headers))
+                    for _ in range(2)
+                ]
+                while budget.in_use < 2 * len(body):
+                    await asyncio.sleep(0.001)
+                go.set()
                 return sorted(one.status for one in await asyncio.gather(*asked))
         finally:
             budget.total = before
