@@ -48,8 +48,13 @@ serve-down: install  ## end what make serve started, from another terminal
 	@$(BIN)/python jobs/deploy.py --down --storage $(STORAGE)
 
 test: install  ## unit and Ray integration tests (under 15 minutes on 2 cores)
-	@# Two processes: the tests that use Ray, and all others beside them (tests/conftest.py).
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m "$(NOT_SELECTED)"
+	@# The tests that use Ray wait much; the others run beside them, and are shown after them.
+	@others=$$(mktemp); \
+	$(BIN)/python -m pytest -m "$(NOT_SELECTED) and not ray" >"$$others" 2>&1 & beside=$$!; \
+	echo "tests without Ray run beside these, their output follows"; \
+	$(BIN)/python -m pytest -m "$(NOT_SELECTED) and ray"; ray=$$?; \
+	wait $$beside; rest=$$?; cat "$$others"; rm -f "$$others"; \
+	[ $$ray -eq 0 ] && [ $$rest -eq 0 ]
 
 test-slow: install  ## the tests that take minutes each
 	@$(BIN)/python -m pytest -m "slow"

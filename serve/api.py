@@ -288,7 +288,7 @@ class Api:
             return await self._encode(loaded, items)
         for item in missing:  # first: what is refused anyway takes no memory from others
             try:
-                self.fetcher._checked(item.url or "")
+                self.fetcher.check(item.url or "")
             except ApiError as error:
                 error.param = error.param or item.param
                 raise

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import itertools
 import logging
 import math
 import os
@@ -25,7 +26,7 @@ from pydantic import ValidationError
 
 from clip_ray.config.serving import AppSettings
 from clip_ray.errors import ClipRayError
-from clip_ray.eval.prompts import prompts
+from clip_ray.eval.prompts import fill
 from clip_ray.eval.zero_shot import ensemble
 from clip_ray.images import ImageError, measure
 from clip_ray.inference import Encoder
@@ -388,10 +389,11 @@ class Engine:
         step = max(1, _PROMPTS // len(templates))
         for start in range(0, len(labels), step):
             block = labels[start : start + step]
-            sentences = prompts(block, templates)
+            # Filled as they are needed: a label's templates may be many and long.
+            sentences = (fill(template, label) for label in block for template in templates)
             rows = []
-            for first in range(0, len(sentences), 1024):
-                ids = await self._tokenize(encoder, sentences[first : first + 1024])
+            while some := list(itertools.islice(sentences, 256)):
+                ids = await self._tokenize(encoder, some)
                 rows.append(await self.workers.encode_ids(encoder, ids))
             parts.append(ensemble(np.concatenate(rows), len(block)))
         return np.concatenate(parts)

@@ -90,7 +90,7 @@ class Fetcher:
                 address or redirect that is not allowed; 413 image_too_large; 422 image_url_failed
                 where nothing whole and plain comes in time.
         """
-        host, target = self._checked(url)
+        host, target = self.check(url)
         try:
             # Over all of it: the lookup, the wait for a free connection, every byte.
             async with asyncio.timeout(self._timeout_s):
@@ -108,8 +108,12 @@ class Fetcher:
             await self._session.close()
             self._session = None
 
-    def _checked(self, url: str) -> tuple[str, URL]:
-        """Return host and URL as they will be asked for, or refuse them."""
+    def check(self, url: str) -> tuple[str, URL]:
+        """Return host and URL as they will be asked for, without asking anybody.
+
+        Raises:
+            ApiError: 400 where fetching is off, or this URL is not allowed.
+        """
         if not self._hosts and not self._domains:
             raise ApiError(
                 400,

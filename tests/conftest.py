@@ -19,18 +19,6 @@ BUCKET = "bucket"
 _START_S = 60
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let the tests that use Ray come first, in one of `make test`'s processes.
-
-    They take longest, and two at a time would fight for the cores and start Ray twice.
-    """
-    for item in items:
-        if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
-
-
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Options]:
     """Options of a moto server over HTTP that holds the empty bucket `bucket`."""

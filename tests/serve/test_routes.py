@@ -546,7 +546,7 @@ class Web:
         self.asked: list[str] = []
         self.refused: set[str] = set()
 
-    def _checked(self, url: str) -> None:
+    def check(self, url: str) -> None:
         if url in self.refused:
             raise ApiError(400, "image_url_refused", "not this one")
 
