@@ -51,6 +51,7 @@ test: install  ## unit and Ray integration tests (under 15 minutes on 2 cores)
 	@# The tests that use Ray wait much; the others run beside them, and are shown after them.
 	@others=$$(mktemp); \
 	$(BIN)/python -m pytest -m "$(NOT_SELECTED) and not ray" >"$$others" 2>&1 & beside=$$!; \
+	trap 'kill $$beside 2>/dev/null' INT TERM; \
 	echo "tests without Ray run beside these, their output follows"; \
 	$(BIN)/python -m pytest -m "$(NOT_SELECTED) and ray"; ray=$$?; \
 	wait $$beside; rest=$$?; cat "$$others"; rm -f "$$others"; \

@@ -568,7 +568,7 @@ class Tracker:
             RUN_KEY: self._run.key.replace("'", ""),
             "mlflow.source.type": "JOB",
             "mlflow.source.name": "clip_ray",
-            "mlflow.user": _user(),
+            "mlflow.user": user(),
         }
         if "clip_ray.source.commit" in tags:
             tags["mlflow.source.git.commit"] = tags["clip_ray.source.commit"]
@@ -808,7 +808,8 @@ def _is_refusal(error: Exception) -> bool:
     return getattr(error, "error_code", None) in _REFUSALS
 
 
-def _user() -> str:
+def user() -> str:
+    """Return who runs this process."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's user without a passwd entry

@@ -187,8 +187,9 @@ class Engine:
         try:
             async with self._turn():
                 return await self._load(target.previous)
-        except (ClipRayError, OSError) as error:
-            # The model that callers ask for is there; the one before it is a convenience.
+        except Exception as error:
+            # Whatever it was: the model that callers ask for is there, and the one before it is a
+            # convenience that must not keep it from serving.
             log.error("previous %s cannot be served: %s", target.previous.id, error)
             return None
 

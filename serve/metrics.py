@@ -53,7 +53,7 @@ class Metrics:
         self.counts["reject", reason] += 1
 
     def stage(self, stage: str, ms: float) -> None:
-        """Record the time of a stage: decode, tokenize, model."""
+        """Record the time of a stage: decode (of a request's images), model (of a pass)."""
         self.counts["stage", stage] += 1
 
 

@@ -112,9 +112,13 @@ class Workers:
             while not all(future.done() for future in futures):
                 count = min(len(waiting), self._limit[kind])
                 taken = [waiting.popleft() for _ in range(count)]
-                results = await self._shared_pass(kind, [item for item, _ in taken])
-                for (_, future), result in zip(taken, results, strict=True):
-                    future.set_result(result)
+                # Should this batch be cancelled, the others' items must not wait for ever.
+                results: list[Any] = [RuntimeError("the forward pass was ended")] * count
+                try:
+                    results = await self._shared_pass(kind, [item for item, _ in taken])
+                finally:
+                    for (_, future), result in zip(taken, results, strict=True):
+                        future.set_result(result)
         return [future.result() for future in futures]
 
     async def _shared_pass(self, kind: str, items: list[Item]) -> list[Any]:

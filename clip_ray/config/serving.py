@@ -150,6 +150,12 @@ class ServeConfig(AppSettings):
             raise ValueError(
                 f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}"
             )
+        limits = self.limits
+        if limits.body_mb > limits.memory_mb / 4:
+            raise ValueError(
+                f"limits.body_mb {limits.body_mb:g} is above a quarter of limits.memory_mb "
+                f"{limits.memory_mb:g}, which is what bodies get: no such body could ever come in"
+            )
         return self
 
     def app_settings(self) -> AppSettings:

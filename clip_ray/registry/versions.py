@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
-import getpass
 import json
 import os
 import tempfile
@@ -23,7 +22,7 @@ from clip_ray.errors import ClipRayError, RegistryError
 from clip_ray.registry.export import CONFIG, FILES, WEIGHTS, ExportInfo, load_export, model_digest
 from clip_ray.registry.foreign import convert, is_foreign
 from clip_ray.storage import LocalStore, Store, open_store
-from clip_ray.tracking import mask, mlflow_client, patient_timeouts, require_tracking_uri
+from clip_ray.tracking import mask, mlflow_client, patient_timeouts, require_tracking_uri, user
 
 ALIAS, PREVIOUS = "champion", "previous"
 
@@ -350,14 +349,6 @@ def aliased(
         client = mlflow_client(where)
         found = _found(lambda: client.get_model_version_by_alias(name, alias))
     return None if found is None else (str(found.version), found.tags.get("digest"))
-
-
-def user() -> str:
-    """Return who runs this process."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a passwd entry
-        return f"uid {os.getuid()}"
 
 
 def with_origin(info: ExportInfo, resolved: ResolvedModel) -> ExportInfo:

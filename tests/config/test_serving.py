@@ -57,6 +57,7 @@ def test_where_runs_are_stored_is_below_the_recipe(tmp_path: Path) -> None:
         ("--serve.port 99999", "serve.port: 99999: .*less than or equal to 65535"),
         ("--serve.auth keys", "auth keys needs keys_file"),
         ("--serve.min_replicas 2", "min_replicas 2 is above max_replicas 1"),
+        ("--serve.limits.body_mb 200", "body_mb 200 is above a quarter of limits.memory_mb 512"),
         ("--config /nowhere.yaml", "recipes lie in serve/profiles/"),
         ("--serve.model_store s3://me:secret@b/x", "holds credentials"),
     ],

@@ -261,6 +261,50 @@ def test_batches_fill_while_the_model_is_busy(tmp_path, models, monkeypatch):
     asyncio.run(run())
 
 
+def test_a_batch_that_is_cancelled_leaves_no_other_waiting(tmp_path, models, monkeypatch):
+    """It has taken the items of others along; they get an error, and the queue goes on."""
+
+    async def run() -> None:
+        engine = await started(tmp_path, models[0])
+        workers, encoder = engine.workers, engine.pick(None).encoder
+        item = (encoder, encoder.preprocess(picture(0)))
+        entered, own = asyncio.Event(), workers._shared_pass
+
+        async def hang(kind, items):  # type: ignore[no-untyped-def]
+            entered.set()
+            await asyncio.sleep(3600)
+
+        monkeypatch.setattr(workers, "_shared_pass", hang)
+        async with workers._busy["image"]:  # both gather before the first of them takes all
+            first = asyncio.create_task(workers._coalesced("image", [item]))
+            second = asyncio.create_task(workers._coalesced("image", [item]))
+            await asyncio.sleep(0)
+        await asyncio.wait_for(entered.wait(), 10)
+        monkeypatch.setattr(workers, "_shared_pass", own)
+        first.cancel()
+        (result,) = await asyncio.wait_for(second, 10)
+        assert isinstance(result, RuntimeError)
+        (feature,) = await asyncio.wait_for(workers._coalesced("image", [item]), 10)
+        assert feature.shape == (encoder.embed_dim,)
+        engine.close()
+
+    asyncio.run(run())
+
+
+def test_a_previous_model_that_cannot_be_used_holds_nothing_up(tmp_path, models):
+    broken = export(tmp_path / "nan", 4, "4", scale=float("nan"))
+
+    async def run() -> None:
+        engine = await started(tmp_path, models[0])
+        engine.retarget(target(models[1], broken))
+        status = await settled(engine)
+        assert status["state"] == "ready" and status["previous"] is None
+        assert status["model"] == models[1].model_dump()
+        engine.close()
+
+    asyncio.run(run())
+
+
 def test_memory_is_reserved_for_pixels_and_given_back(tmp_path, models):
     async def run() -> None:
         engine = await started(tmp_path, models[0], limits={"memory_mb": 0.08})
