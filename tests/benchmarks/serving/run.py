@@ -297,11 +297,11 @@ def main() -> None:
             if args.open:
                 loads = [load for case in args.cases for load in opened(case)]
                 rows += compare(servers, loads, args.rounds, args.seconds, before=rows)
-    if bare is not None:
-        rows += bare.rows(f"form c={clients[-1]}")
-    print(table(rows, kinds[0].name))
-    if args.out:
-        write(args.out, rows)
+        if bare is not None:
+            rows += bare.rows(f"form c={clients[-1]}")
+        print(table(rows, kinds[0].name))
+        if args.out:
+            write(args.out, rows)
 
 
 if __name__ == "__main__":

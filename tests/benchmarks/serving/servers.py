@@ -243,10 +243,15 @@ def running(kinds: Sequence[Kind], target: Target) -> Iterator[list[Server]]:
         raise RuntimeError("servers did not end well: " + ", ".join(left))
 
 
+_given: set[int] = set()  # a server that runs does not listen on all of its ports
+
+
 def free_ports(count: int) -> list[int]:
-    """Return ports that nothing listens on, below the range of outgoing connections."""
+    """Return ports that nothing listens on, new ones, below the range of outgoing connections."""
     found: list[int] = []
     for port in range(18000 + os.getpid() % 500 * 8, 32000):
+        if port in _given:
+            continue
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
@@ -254,6 +259,7 @@ def free_ports(count: int) -> list[int]:
                 continue
         found.append(port)
         if len(found) == count:
+            _given.update(found)
             return found
     raise RuntimeError("no free ports")
 
