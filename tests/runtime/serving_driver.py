@@ -14,11 +14,13 @@ from typing import Any
 
 import ray
 import yaml
+from ray import serve
+from ray.util.state import get_actor
 
 from clip_ray.registry import Target
 from clip_ray.runtime.rollout import RolloutError, answers, exclusive, roll_out
 from clip_ray.runtime.serve_state import attached, read_running
-from clip_ray.runtime.serving import Live, Place, find_place, plain_config, with_target
+from clip_ray.runtime.serving import Live, Place, connected, find_place, plain_config, with_target
 
 _CONNECTION = contextlib.ExitStack()
 _LIVE: list[Live] = []
@@ -30,10 +32,22 @@ def start(folder: Path) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, context, initializer=_connect, initargs=(folder,))
 
 
+def start_at(address: str) -> ProcessPoolExecutor:
+    """Return a process that is connected to the Serve of the Ray at `address`."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, context, initializer=_connect_at, initargs=(address,))
+
+
 def _connect(folder: Path) -> None:
     running = read_running(folder)
     assert running is not None
     _LIVE.append(_CONNECTION.enter_context(attached(running)))
+
+
+def _connect_at(address: str) -> None:
+    live = _CONNECTION.enter_context(connected(address))
+    assert live is not None
+    _LIVE.append(live)
 
 
 def _place() -> Place:
@@ -59,6 +73,24 @@ def confirmed() -> dict[str, int]:
 def target() -> Target:
     """Return what the live config says is to be served."""
     return _place().target
+
+
+def held(resource: str) -> tuple[list[float], float]:
+    """Return how much of a resource each replica's actor holds, and how much is free.
+
+    The replicas are those that the controller lists, what they hold is Ray's own account.
+    """
+    place = _place()
+    deployments = _LIVE[0].details()["applications"][place.app]["deployments"]
+    replicas = deployments[place.deployment]["replicas"]
+    actors = [get_actor(replica["actor_id"], timeout=30) for replica in replicas]
+    free = ray.available_resources().get(resource, 0.0)
+    return [actor.required_resources.get(resource, 0.0) for actor in actors], free
+
+
+def shut_down() -> None:
+    """End the Serve, with its proxies."""
+    serve.shutdown()
 
 
 def metrics_urls() -> list[str]:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -56,16 +56,30 @@ class Deployed:
 
 
 @contextmanager
-def deployed(folder: Path, model: ServedModel, *flags: str) -> Iterator[Deployed]:
-    """Serve a model with jobs/deploy.py --profile local until the block ends."""
+def deployed(
+    folder: Path, model: ServedModel, *flags: str, env: Mapping[str, str] | None = None
+) -> Iterator[Deployed]:
+    """Serve a model with jobs/deploy.py until the block ends: profile local, or as flags say.
+
+    Args:
+        folder: of all that it writes.
+        model: a directory's; a flag `--model` names the same one otherwise.
+        flags: of jobs/deploy.py.
+        env: more of its environment.
+    """
     stored = store_model(model.uri, folder / "models", name="clip")
     log = folder / "deploy.log"
     command = [sys.executable, "jobs/deploy.py", "--storage", str(folder / "runs")]
     command += ["--model", model.uri, "--serve.port", "0", "--serve.device", "cpu", *flags]
-    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     with open(log, "wb") as output:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=env, stdout=output, stderr=output, start_new_session=True
+            command,
+            cwd=ROOT,
+            env={**kept, **(env or {})},
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
     home = folder / "runs" / "serving"
     try:
