@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import time
@@ -15,7 +16,10 @@ import httpx
 import pytest
 
 from clip_ray import keys
-from clip_ray.registry import ServedModel
+from clip_ray.errors import RegistryError
+from clip_ray.registry import ServedModel, aliased, move_alias, register
+from clip_ray.storage import LocalStore
+from clip_ray.tracking import mlflow_client
 from tests.runtime import serving_driver as driver
 from tests.serve.live import Deployed, client, deployed, features_of, until
 from tests.serve.models import picture
@@ -46,10 +50,31 @@ def live(
     key_file: Path,
     two_keys: list[str],
 ) -> Iterator[Deployed]:
+    """Two replicas of a registered model whose MLflow has gone since it was deployed."""
+    folder = tmp_path_factory.mktemp("live")
+    registry = folder / "registry"
+    tracking_uri = f"sqlite:///{registry}/mlflow.db"
+    register_champion(served, registry, tracking_uri)
     flags = ["--serve.min_replicas", "2", "--serve.max_replicas", "2", "--serve.cpus", "0.5"]
     flags += ["--serve.auth", "keys", "--serve.keys_file", str(key_file)]
-    with deployed(tmp_path_factory.mktemp("live"), served, *flags) as running:
+    flags += ["--model", "models:/clip@champion", "--tracking_uri", tracking_uri]
+    # Nobody answers there, whoever should ask the environment.
+    env = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+    with deployed(folder, served, *flags, env=env) as running:
+        shutil.rmtree(registry)
+        with pytest.raises(RegistryError):
+            aliased("clip", tracking_uri=tracking_uri)
         yield running
+
+
+def register_champion(model: ServedModel, folder: Path, tracking_uri: str) -> None:
+    """Register a model's export as clip, and make it champion; all of it lies in `folder`."""
+    folder.mkdir()
+    tracking = mlflow_client(tracking_uri)
+    experiment = tracking.create_experiment("e", artifact_location=str(folder / "artifacts"))
+    run_id = tracking.create_run(experiment).info.run_id
+    version = register(LocalStore(Path(model.uri)), "clip", run_id, {}, tracking_uri)
+    move_alias("clip", version, model.digest, tracking_uri)
 
 
 def test_answers_are_the_encoders_and_name_the_model(live, served, two_keys):
@@ -120,6 +145,29 @@ def test_a_killed_replica_costs_its_own_requests_and_no_classifier(live, two_key
         for _ in range(12):  # the new one has read the classifier from the state directory
             again = http.post("/v1/classify", json=body).json()
             assert labels_of(again) == labels_of(before)
+
+
+def test_a_new_replica_needs_no_mlflow(live, served, two_keys):
+    """It loads the promoted bytes from the model store, and answers as the encoder does."""
+    before = live.ask(driver.confirmed)
+    old = set(before.values())
+    for pid in old:  # both: whoever answers below has started without MLflow
+        os.kill(pid, signal.SIGKILL)
+
+    def replaced() -> bool:
+        alive = set(live.ask(driver.confirmed).values())
+        return len(alive) == 2 and not alive & old
+
+    until(replaced, 60, "the killed replicas' places were not filled")
+    target = live.ask(driver.target)
+    assert target.digest == served.digest and target.uri.endswith(f"models/{served.digest}")
+    own = offline(served).encode_texts(["a red circle"])
+    with client(live, two_keys[0]) as http:
+        answer = http.post("/v1/embeddings", json={"input": "a red circle"})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["clip"]["digest"] == served.digest
+        assert answer.json()["model"] == "clip/1"  # as the registry called it
+        assert features_of(answer.json())[0] @ own[0] > 0.99999
 
 
 def labels_of(answer: dict[str, Any]) -> list[tuple[str, Any]]:
