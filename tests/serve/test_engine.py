@@ -291,6 +291,50 @@ def test_a_batch_that_is_cancelled_leaves_no_other_waiting(tmp_path, models, mon
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("same_node", [True, False])
+def test_the_replicas_of_a_node_load_one_after_the_other(tmp_path, models, monkeypatch, same_node):
+    seen: list[str] = []
+    load = Engine._load
+
+    async def slow(self, served):  # type: ignore[no-untyped-def]
+        seen.append("begin")
+        loaded = await load(self, served)
+        await asyncio.sleep(0.5)  # time enough for the other, which looks every 0.2 s
+        seen.append("end")
+        return loaded
+
+    monkeypatch.setattr(Engine, "_load", slow)
+
+    async def run() -> None:
+        nodes = [tmp_path, tmp_path if same_node else tmp_path / "other"]
+        both = (started(node, model) for node, model in zip(nodes, models, strict=False))
+        for engine in await asyncio.gather(*both):
+            engine.close()
+
+    asyncio.run(run())
+    # Replicas of two nodes do not know of each other: the control.
+    in_turn = ["begin", "end", "begin", "end"]
+    assert seen == (in_turn if same_node else sorted(in_turn))
+
+
+def test_a_replica_that_hangs_while_it_loads_holds_the_next_one_up_for_a_while_only(
+    tmp_path, models, monkeypatch
+):
+    monkeypatch.setattr("serve.engine.LOAD_LOCK_S", 0.5)
+
+    async def run() -> None:
+        hung = await started(tmp_path, models[0])
+        async with hung._turn():  # and it never comes to the end of it
+            start = time.monotonic()
+            engine = await asyncio.wait_for(started(tmp_path, models[1]), 20)
+            assert time.monotonic() - start >= 0.5
+        assert engine.pick(None).served == models[1]
+        engine.close()
+        hung.close()
+
+    asyncio.run(run())
+
+
 def test_a_previous_model_that_cannot_be_used_holds_nothing_up(tmp_path, models):
     broken = export(tmp_path / "nan", 4, "4", scale=float("nan"))
 
