@@ -83,7 +83,9 @@ def held(resource: str) -> tuple[list[float], float]:
     place = _place()
     deployments = _LIVE[0].details()["applications"][place.app]["deployments"]
     replicas = deployments[place.deployment]["replicas"]
-    actors = [get_actor(replica["actor_id"], timeout=30) for replica in replicas]
+    # Without an address it refuses to choose where another Ray runs on the machine.
+    here = ray.get_runtime_context().gcs_address
+    actors = [get_actor(replica["actor_id"], address=here, timeout=30) for replica in replicas]
     free = ray.available_resources().get(resource, 0.0)
     return [actor.required_resources.get(resource, 0.0) for actor in actors], free
 

@@ -36,7 +36,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="HAProxy is there on Linux only"),
 ]
 
-END_S = 20
+END_S = 60
 MARK = "CLIP_RAY_TEST_PROFILE"
 
 
