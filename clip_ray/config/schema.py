@@ -224,6 +224,13 @@ class ModelConfig(Section):
     quick_gelu: bool = Field(
         False, description="x * sigmoid(1.702 x) as OpenAI's released weights use"
     )
+    init_logit_scale: float = Field(
+        2.6592600369327783,  # ln(1 / 0.07), Radford et al. 2021, section 2.5
+        description="log of the factor on cosine similarities, at the start",
+    )
+    init_logit_bias: float | None = Field(
+        None, description="bias of the sigmoid loss at the start; none = the model has no bias"
+    )
     vision: VisionConfig = Field(VisionConfig(), description="image tower")
     text: TextConfig = Field(TextConfig(), description="text tower")
 
@@ -235,8 +242,31 @@ class ModelConfig(Section):
         return given
 
 
+class InitConfig(Section):
+    """What a run begins from, other than random weights."""
+
+    weights: PublicPath | None = Field(
+        None,
+        description="model of the same architecture and tokenizer to begin from: an export, or a "
+        "CLIP ViT of open_clip or Hugging Face; directory or s3:// prefix",
+    )
+    freeze: tuple[Literal["image", "text"], ...] = Field(
+        (), description="towers whose weights stay as they are (locked-image tuning: [image])"
+    )
+
+    @field_validator("weights")
+    @classmethod
+    def _a_place(cls, weights: str | None) -> str | None:
+        if weights is not None and weights.startswith(("models:", "runs:")):
+            raise ValueError(
+                f"{weights!r} is a name in MLflow, which a restarted run could resolve to another "
+                "model; give the directory of its export, such as runs/<run name>/export"
+            )
+        return weights
+
+
 class TrainConfig(Section):
-    """The optimization's length, batch and precision."""
+    """The optimization's length, loss, batch and precision."""
 
     steps: PositiveInt | None = Field(None, description="length in optimizer steps")
     samples: PositiveInt | None = Field(None, description="length in samples, rounded up to steps")
@@ -245,9 +275,23 @@ class TrainConfig(Section):
     micro_batch: PositiveInt | None = Field(
         None, description="samples of one forward pass on a worker; none = all of them"
     )
+    loss: Literal["clip", "siglip"] = Field(
+        "clip", description="clip: softmax over the global batch; siglip: a sigmoid for each pair"
+    )
+    mask_duplicates: bool = Field(
+        False,
+        description="samples of a batch with the same image file or the same caption are not each "
+        "other's negatives",
+    )
+    patch_dropout: float = Field(
+        0.0, ge=0.0, lt=1.0, description="share of an image's patches left out in training"
+    )
+    grad_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass: less memory, more time"
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="fp32, or bf16 autocast")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
-    compile: bool = Field(False, description="torch.compile the towers")
+    compile: bool = Field(False, description="torch.compile the towers and the loss's tiles")
     profile_steps: tuple[int, int] | None = Field(
         None, description="[first, last] steps recorded in a torch trace"
     )
@@ -320,7 +364,8 @@ class Config(Section):
     data: DataConfig = Field(DataConfig(), description="shards")
     tokenizer: TokenizerConfig = Field(TokenizerConfig(), description="captions to ids")
     model: ModelConfig = Field(ModelConfig(), description="architecture")
-    train: TrainConfig = Field(description="length, batch, precision")
+    init: InitConfig = Field(InitConfig(), description="weights to begin from, locked towers")
+    train: TrainConfig = Field(description="length, loss, batch, precision")
     optim: OptimConfig = Field(OptimConfig(), description="AdamW and schedule")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="commits")
     eval: EvalConfig = Field(EvalConfig(), description="evaluation at the end")
@@ -331,4 +376,20 @@ class Config(Section):
         slot, window = self.data.slot, self.data.window
         if slot is not None and window is not None and slot % window:
             raise ValueError(f"data.window {window} does not divide data.slot {slot}")
+        siglip, bias = self.train.loss == "siglip", self.model.init_logit_bias
+        if siglip and bias is None:
+            raise ValueError(
+                "train.loss siglip needs a bias, or its first steps undo the surplus of negatives; "
+                "its authors begin with --model.init_logit_bias -10 --model.init_logit_scale 2.3026"
+            )
+        if not siglip and bias is not None:
+            raise ValueError(
+                f"model.init_logit_bias {bias:g}: train.loss clip has no bias; leave it out, or "
+                "give --train.loss siglip"
+            )
+        if self.train.patch_dropout and "image" in self.init.freeze:
+            raise ValueError(
+                f"train.patch_dropout {self.train.patch_dropout:g} would drop patches of an image "
+                "tower that init.freeze keeps from learning; give one of them"
+            )
         return self

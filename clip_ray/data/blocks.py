@@ -10,6 +10,7 @@ the blocks through Ray Data.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -83,6 +84,7 @@ class Batch:
         valid: (b,) bool; false for undecodable samples and padding.
         shard: (b,) int64, -1 for padding.
         place: (b,) int64, index among the shard's training samples.
+        image_id: (b,) int64, a hash of the image file, or None where it is not asked for.
         bad: the undecodable samples: shard path, key and reason of each.
         truncated: captions cut at the context length.
     """
@@ -92,13 +94,24 @@ class Batch:
     valid: torch.Tensor
     shard: Ints
     place: Ints
+    image_id: Ints | None
     bad: tuple[dict[str, str], ...]
     truncated: int
 
 
 @dataclass(frozen=True)
 class BlockReader:
-    """Reads blocks: everything that turns (window, chunk, rank) into arrays."""
+    """Reads blocks: everything that turns (window, chunk, rank) into arrays.
+
+    Attributes:
+        plan: the order of samples.
+        layout: how they are dealt.
+        manifest: the shards.
+        config: how they are read.
+        tokenizer: captions to ids.
+        image_size: S, in pixels.
+        image_ids: hash each image file, so that duplicates can be told.
+    """
 
     plan: Plan
     layout: Layout
@@ -106,6 +119,7 @@ class BlockReader:
     config: DataConfig
     tokenizer: Tokenizer
     image_size: int
+    image_ids: bool = False
 
     def read(self, window: int, chunk: int, rank: int) -> Block:
         """Return the arrays of one block, K·rows_per_block rows, ordered by step.
@@ -138,7 +152,7 @@ class BlockReader:
 
     def _empty(self, rows: int) -> Block:
         side, length = self.image_size, self.tokenizer.context_length
-        return {
+        block: Block = {
             "pixels": np.zeros((rows, 3, side, side), np.uint8),
             "ids": np.zeros((rows, length), np.int32),
             "valid": np.zeros(rows, bool),
@@ -147,6 +161,9 @@ class BlockReader:
             "place": np.full(rows, -1, np.int64),
             "bad": np.full(rows, "", dtype=object),
         }
+        if self.image_ids:
+            block["image_id"] = np.zeros(rows, np.int64)
+        return block
 
     def _fill(self, block: Block, target: Ints, shard: Ints, place: Ints, position: Ints) -> None:
         captions: list[str] = []
@@ -180,6 +197,8 @@ class BlockReader:
                 margin = self.config.crop_margin
                 block["pixels"][at] = train_crop(pixels, self.image_size, rng, margin)
                 block["valid"][at] = True
+                if self.image_ids:
+                    block["image_id"][at] = _hash(sample.image)
                 captions.append(self._caption(sample, rng))
                 captioned.append(at)
         if captions:
@@ -200,6 +219,10 @@ class BlockReader:
             return BadSample(sample.key, error.reason)
 
 
+def _hash(image: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(image, digest_size=8).digest(), "little", signed=True)
+
+
 def assemble(blocks: list[Block], layout: Layout) -> Iterator[Batch]:
     """Yield the K batches of a window from a worker's blocks of it, in chunk order."""
     height = layout.rows_per_block
@@ -217,6 +240,7 @@ def assemble(blocks: list[Block], layout: Layout) -> Iterator[Batch]:
             valid=torch.from_numpy(whole["valid"]),
             shard=whole["shard"],
             place=whole["place"],
+            image_id=whole.get("image_id"),
             bad=tuple(json.loads(line) for line in whole["bad"] if line),
             truncated=int(whole["truncated"].sum()),
         )

@@ -6,7 +6,8 @@ which are the caller's.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,7 @@ class CLIP(nn.Module):
 
     Attributes:
         logit_scale: the log of the factor on cosine similarities, a scalar parameter.
+        logit_bias: added to the logits of the sigmoid loss, a scalar parameter, or None.
     """
 
     pixel_mean: Tensor
@@ -61,8 +63,10 @@ class CLIP(nn.Module):
         )
         self.ln_final = nn.LayerNorm(text.width)
         self.text_projection = nn.Parameter(torch.empty(text.width, config.embed_dim))
-        # Temperature 0.07 (Radford et al. 2021, section 2.5).
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_scale = nn.Parameter(torch.tensor(config.init_logit_scale))
+        self.logit_bias: nn.Parameter | None = None
+        if config.init_logit_bias is not None:
+            self.logit_bias = nn.Parameter(torch.tensor(config.init_logit_bias))
         init_text_tower(
             self.token_embedding, self.positional_embedding, self.transformer, self.text_projection
         )
@@ -79,6 +83,28 @@ class CLIP(nn.Module):
         assert pixels.is_floating_point(), f"pixels are {pixels.dtype}: uint8 or float expected"
         return pixels.to(self.visual.conv1.weight.dtype)
 
+    def set_training(self, patch_dropout: float = 0.0, grad_checkpointing: bool = False) -> None:
+        """Set what acts in training only.
+
+        Args:
+            patch_dropout: share of an image's patches left out (Li et al. 2023, FLIP).
+            grad_checkpointing: compute activations again in the backward pass.
+        """
+        self.visual.patch_dropout = patch_dropout
+        for transformer in (self.visual.transformer, self.transformer):
+            transformer.grad_checkpointing = grad_checkpointing
+
+    def freeze(self, towers: Iterable[Literal["image", "text"]]) -> None:
+        """Keep the weights of towers, their projections included, as they are."""
+        text = (self.token_embedding, self.transformer, self.ln_final)
+        for tower in towers:
+            modules: tuple[nn.Module, ...] = (self.visual,) if tower == "image" else text
+            for module in modules:
+                module.requires_grad_(False)
+            if tower == "text":
+                self.positional_embedding.requires_grad_(False)
+                self.text_projection.requires_grad_(False)
+
     def image_tower_features(self, pixels: Tensor) -> Tensor:
         """Return the image tower's output before the projection, for linear probes.
 
@@ -90,16 +116,17 @@ class CLIP(nn.Module):
         """
         return self.visual.features(self._normalized(pixels))
 
-    def encode_image(self, pixels: Tensor) -> Tensor:
+    def encode_image(self, pixels: Tensor, keys: Tensor | None = None) -> Tensor:
         """Return image features.
 
         Args:
             pixels: (B, 3, S, S), uint8 RGB, or float already normalised with the mean and std.
+            keys: (B,) int64, each row's randomness; needed in training with patch dropout.
 
         Returns:
             (B, E) float32 of unit length, under autocast too.
         """
-        return F.normalize(self.visual(self._normalized(pixels)).float(), dim=-1)
+        return F.normalize(self.visual(self._normalized(pixels), keys).float(), dim=-1)
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """Return text features.
@@ -115,9 +142,11 @@ class CLIP(nn.Module):
         )
         return F.normalize((text_BD @ self.text_projection).float(), dim=-1)
 
-    def forward(self, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, pixels: Tensor, ids: Tensor, keys: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return (image_features, text_features), each (B, E) float32 of unit length."""
-        return self.encode_image(pixels), self.encode_text(ids)
+        return self.encode_image(pixels, keys), self.encode_text(ids)
 
 
 def build(name_or_config: str | ModelConfig, seed: int | None = None) -> CLIP:

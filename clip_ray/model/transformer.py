@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -84,6 +85,10 @@ class Transformer(nn.Module):
         mlp_ratio: hidden width of the MLP / `width`.
         causal: each position sees itself and the ones before it only.
         use_quick_gelu: QuickGELU in place of the exact GELU.
+
+    Attributes:
+        grad_checkpointing: keep each block's input alone for the backward pass, and compute what
+            is inside the block again.
     """
 
     def __init__(
@@ -98,6 +103,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.width = width
+        self.grad_checkpointing = False
         self.resblocks = nn.ModuleList(
             ResidualBlock(width, heads, mlp_ratio, causal=causal, use_quick_gelu=use_quick_gelu)
             for _ in range(layers)
@@ -105,6 +111,7 @@ class Transformer(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """Return the residual stream after the last block, the same shape."""
+        again = self.grad_checkpointing and torch.is_grad_enabled()
         for block in self.resblocks:
-            x_BLD = block(x_BLD)
+            x_BLD = checkpoint(block, x_BLD, use_reentrant=False) if again else block(x_BLD)
         return x_BLD

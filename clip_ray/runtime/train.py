@@ -47,6 +47,7 @@ from clip_ray.runtime.worker import Result
 from clip_ray.storage import LocalStore, Store, open_store
 from clip_ray.tracking import Tracker, default_tracking_uri
 from clip_ray.train.checkpoint import Checkpoints
+from clip_ray.train.initial import initial_weights
 from clip_ray.train.journal import Row, read_journal
 from clip_ray.train.lease import held_lease
 from clip_ray.train.rundir import Run, claim, prepare, read_summary, run_store
@@ -84,7 +85,9 @@ def resolve(config: Config) -> Config:
             "exclude": config.data.exclude and place(config.data.exclude),
         }
     )
-    vocab, tracking = config.tokenizer.vocab, config.tracking
+    vocab, tracking, weights = config.tokenizer.vocab, config.tracking, config.init.weights
+    if weights is not None:
+        weights = place(weights)
     if tracking.uri is not None and tracking.uri.startswith("sqlite:///"):
         uri = "sqlite:///" + absolute(tracking.uri.removeprefix("sqlite:///"))
         tracking = tracking.model_copy(update={"uri": uri})
@@ -92,6 +95,7 @@ def resolve(config: Config) -> Config:
         update={
             "run": config.run.model_copy(update={"storage": storage}),
             "data": data,
+            "init": config.init.model_copy(update={"weights": weights}),
             "tracking": tracking,
             "eval": config.eval.model_copy(
                 update={"datasets": tuple(place(path) for path in config.eval.datasets)}
@@ -132,6 +136,9 @@ def pretrain(config: Config, command: list[str], say: Say = print) -> Ended:
             stop.lease_lost = lease_lost
             check_storage(config.run.storage, tracking_uri)
             run = prepare(store, config, lambda: index_data(config.data, say), say)
+            if config.init.weights is not None and not Checkpoints(store).commits():
+                _, digest = initial_weights(run.config, run.tokenizer)  # refused here, not later
+                say(f"beginning from {config.init.weights} (digest {digest[:12]})")
             return _run_job(run, share, command, stop, say)
 
 

@@ -26,13 +26,15 @@ from clip_ray import model as models
 from clip_ray.config import Config
 from clip_ray.config.load import dump_config
 from clip_ray.data.blocks import Layout
-from clip_ray.errors import CheckpointError, TrainingError
+from clip_ray.errors import CheckpointError, ConfigError, RegistryError, TrainingError
 from clip_ray.optim import build_optimizer
 from clip_ray.runtime.cluster import Share
 from clip_ray.runtime.data import BatchStream
 from clip_ray.runtime.recorder import Reporter
 from clip_ray.storage import Store, open_store
+from clip_ray.tokenizer import Tokenizer
 from clip_ray.train.checkpoint import Checkpoints, Commit
+from clip_ray.train.initial import initial_weights
 from clip_ray.train.journal import Row, last_row, read_journal
 from clip_ray.train.loop import Outcome, train
 from clip_ray.train.state import Progress, broadcast, restore, snapshot
@@ -128,13 +130,16 @@ def _begin(
     job: Job, rank: int, device: torch.device, reporter: Reporter
 ) -> _Attempt | tuple[str, str]:
     """Build model and optimizer, and load the commit that rank 0 chose, on every rank."""
-    model = models.build(job.config.model, seed=job.config.run.seed).to(device)
-    optimizer = build_optimizer(model, job.config.optim)
+    config = job.config
+    model = models.build(config.model, seed=config.run.seed).to(device)
+    model.set_training(config.train.patch_dropout, config.train.grad_checkpointing)
+    model.freeze(config.init.freeze)
+    optimizer = build_optimizer(model, config.optim)
     decision: list[Any] = [None]
     if rank == 0:
         try:
             decision = [_decide(job, model, optimizer, reporter)]
-        except (CheckpointError, TrainingError) as error:
+        except (CheckpointError, ConfigError, RegistryError, TrainingError) as error:
             failed = _Start(0, Progress(0, ""), None, (type(error).__name__, str(error)))
             decision = [failed]
     world_size = ray.train.get_context().get_world_size()
@@ -167,6 +172,11 @@ def _decide(
             f"{events[0]['why']}); restore checkpoints/ from a copy, or delete it to begin anew"
         )
     progress, commit = Progress(0, job.plan_digest), None
+    if found is None and job.config.init.weights is not None:
+        weights, digest = initial_weights(job.config, Tokenizer.load(job.tokenizer))
+        # Not strict: a bias that only the run's model has begins as the config says.
+        model.load_state_dict(weights, strict=False)
+        events.append({"event": "initial_weights", "digest": digest})
     if found is not None:
         commit, files = found
         progress = Progress.from_bytes(files["state.json"])

@@ -19,12 +19,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from clip_ray.config import Config
-from clip_ray.contrastive import clip_loss, contrastive_step
+from clip_ray.contrastive import clip_loss, contrastive_step, siglip_loss
 from clip_ray.data.blocks import Batch
 from clip_ray.data.plan import sample_hash
 from clip_ray.errors import TrainingError
+from clip_ray.model.vision import mix
 from clip_ray.optim import clamp_logit_scale, learning_rate
-from clip_ray.train.state import Progress
+from clip_ray.train.state import Progress, gathered_digests
 
 PHASES = ("data_wait", "copy", "forward", "loss", "backward", "optimizer", "checkpoint")
 _DIGEST_PIECES = 6
@@ -128,7 +129,7 @@ def train(
         hooks: the surroundings.
 
     Raises:
-        TrainingError: `batches` ended early.
+        TrainingError: `batches` ended early; or the ranks' weights differ at a commit.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     clock = Clock(device)
@@ -158,6 +159,7 @@ def train(
         if reason in ("finished", "stopped") or (
             reason is None and progress.step % config.checkpoint.every_steps == 0
         ):
+            _refuse_divergence(model, progress.step)
             hooks.commit(progress)
             clock.mark("checkpoint")
         if rank == 0:
@@ -169,6 +171,24 @@ def train(
         if reason is not None:
             return Outcome(reason, progress, "" if result.finite else result.where_broken)
     return Outcome("finished", progress)
+
+
+def _refuse_divergence(model: nn.Module, step: int) -> None:
+    """Raise where ranks hold other weights or buffers than most: nothing is committed then.
+
+    Every rank's are the same bits, as all start from the same and take the same gradient; what
+    differs is a fault of memory or of a device.
+    """
+    digests = gathered_digests(model)
+    usual = max(digests, key=digests.count)
+    others = [rank for rank, digest in enumerate(digests) if digest != usual]
+    if others:
+        raise TrainingError(
+            f"step {step}: the weights of rank {', '.join(map(str, others))} are not those of the "
+            f"{digests.count(usual)} others (of {len(digests)}); nothing is committed. This is a "
+            "fault of memory or of a device, or workers of different hardware: find the node in "
+            "the log, and leave it out if it happens again"
+        )
 
 
 @dataclass(frozen=True)
@@ -218,7 +238,7 @@ class _Stepper:
         rate = learning_rate(number, self._total_steps, self._config.optim)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        micro_batches, valid = self._on_device(batch)
+        micro_batches, valid, identities = self._on_device(batch, number)
         riders = _riders(batch, wants_stop).to(self._device)
         self._clock.mark("copy")
         self._optimizer.zero_grad(set_to_none=True)
@@ -229,7 +249,9 @@ class _Stepper:
             loss = contrastive_step(
                 self._model,
                 micro_batches,
-                lambda image, text, scale: self._loss(image, text, scale, valid, riders),
+                lambda *features: self._loss(
+                    *features, valid=valid, identities=identities, riders=riders
+                ),
                 mark=self._clock.mark,
             )
         grads = [p.grad for p in self._parameters if p.grad is not None]
@@ -262,28 +284,68 @@ class _Stepper:
         )
 
     def _loss(
-        self, image: Tensor, text: Tensor, scale: Tensor, valid: Tensor, riders: Tensor
+        self,
+        image: Tensor,
+        text: Tensor,
+        *scalars: Tensor,
+        valid: Tensor,
+        identities: Tensor | None,
+        riders: Tensor,
     ) -> Tensor:
         with torch.no_grad():
             broken = ~(image.isfinite().all() & text.isfinite().all())
             riders[_BROKEN] = broken.float()
             riders[_BROKEN + 1] = broken * self._rank
-        return clip_loss(image, text, scale, valid, riders=riders)
+        function: Any = siglip_loss if self._config.train.loss == "siglip" else clip_loss
+        value: Tensor = function(
+            image,
+            text,
+            *scalars,
+            valid,
+            identities=identities,
+            riders=riders,
+            fused=self._config.train.compile,
+        )
+        return value
 
-    def _on_device(self, batch: Batch) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    def _on_device(
+        self, batch: Batch, number: int
+    ) -> tuple[list[tuple[Tensor, ...]], Tensor, Tensor | None]:
+        """Return the micro-batches, equally long, and the rows' validity and identities."""
         rows = len(batch.valid)
         size = min(self._config.train.micro_batch or rows, rows)
-        short = -rows % size
-        pixels, ids, valid = (
-            nn.functional.pad(tensor, (0, 0) * (tensor.ndim - 1) + (0, short))
-            for tensor in (batch.pixels, batch.ids, batch.valid)
-        )
+        inputs = [batch.pixels, batch.ids]
+        if self._config.train.patch_dropout:
+            # By position, as the crop: a row drops the same patches on whichever worker it is.
+            first = number * self._config.train.global_batch + self._rank * rows
+            inputs.append(
+                mix(torch.tensor(self._config.run.seed)) ^ torch.arange(first, first + rows)
+            )
+        moved = [self._moved(_padded(tensor, size)) for tensor in inputs]
+        micro_batches = list(zip(*(tensor.split(size) for tensor in moved), strict=True))
+        identities = None
+        if self._config.train.mask_duplicates:
+            identities = self._moved(_padded(_identities(batch), size))
+        return micro_batches, self._moved(_padded(batch.valid, size)), identities
+
+    def _moved(self, tensor: Tensor) -> Tensor:
         cuda = self._device.type == "cuda"
-        moved = [
-            (t.pin_memory() if cuda else t).to(self._device, non_blocking=cuda)
-            for t in (pixels, ids, valid)
-        ]
-        return list(zip(moved[0].split(size), moved[1].split(size), strict=True)), moved[2]
+        return (tensor.pin_memory() if cuda else tensor).to(self._device, non_blocking=cuda)
+
+
+def _padded(tensor: Tensor, size: int) -> Tensor:
+    """Return a tensor with rows of zeros added, until `size` divides their number."""
+    short = -len(tensor) % size
+    return nn.functional.pad(tensor, (0, 0) * (tensor.ndim - 1) + (0, short))
+
+
+def _identities(batch: Batch) -> Tensor:
+    """Return (b, 2): the image file's hash and the caption's, of its token ids."""
+    assert batch.image_id is not None
+    generator = torch.Generator().manual_seed(0)
+    odd_L = torch.randint(-(1 << 62), 1 << 62, batch.ids.shape[1:], generator=generator) * 2 + 1
+    captions_B = (batch.ids.long() * odd_L).sum(dim=1)
+    return torch.stack([torch.from_numpy(batch.image_id), captions_B], dim=1)
 
 
 def _riders(batch: Batch, wants_stop: bool) -> Tensor:

@@ -42,6 +42,7 @@ NOT_DEFINING = (
     "train.micro_batch",
     "train.device",
     "train.compile",
+    "train.grad_checkpointing",
     "train.profile_steps",
 )
 """Settings that may change between two starts of one run: none of them moves a sample or, but for
@@ -82,6 +83,7 @@ class Run:
             self.config.data,
             self.tokenizer,
             self.config.model.vision.image_size,
+            image_ids=self.config.train.mask_duplicates,
         )
 
 

@@ -124,3 +124,26 @@ def broadcast(model: nn.Module, optimizer: torch.optim.Optimizer, restored: bool
             sent = state[kind].to(p.device)
             dist.broadcast(sent, src=0)
             state[kind] = sent.to("cpu") if kind == "step" and p.device.type == "cpu" else sent
+
+
+@torch.no_grad()
+def gathered_digests(model: nn.Module) -> list[int]:
+    """Return a checksum of the weights and buffers of each rank, by rank; every rank calls it.
+
+    The sum of their bits as integers: any one that differs shows. One number a rank travels.
+    """
+    total = torch.zeros((), dtype=torch.int64)
+    for number, tensor in enumerate([*model.parameters(), *model.buffers()], 1):
+        bits = tensor.detach().contiguous().view(torch.uint8)
+        whole = len(bits.flatten()) // 4 * 4
+        flat = bits.flatten()
+        summed = flat[:whole].view(torch.int32).sum(dtype=torch.int64) + flat[whole:].sum()
+        # Weighted, so that what two tensors have exchanged shows.
+        total += number * summed.cpu()
+    if not dist.is_initialized():
+        return [int(total)]
+    device = next(model.parameters()).device
+    mine = total.to(device)[None]
+    everyones = mine.new_empty(dist.get_world_size())
+    dist.all_gather_into_tensor(everyones, mine)
+    return [int(x) for x in everyones.tolist()]
