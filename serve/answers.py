@@ -34,6 +34,7 @@ def facts(loaded: Loaded) -> dict[str, Any]:
         "run_id": served.run_id,
         "digest": served.digest,
         "logit_scale": loaded.logit_scale,
+        "logit_bias": loaded.logit_bias,
         "dim": loaded.encoder.embed_dim,
     }
 
@@ -65,7 +66,7 @@ def embeddings(features_NE: Floats, items: Sequence[Item], as_base64: bool) -> l
 
 
 def classify(
-    features_NE: Floats, matrix_CE: Floats, scale: float, scoring: str, top_k: int
+    features_NE: Floats, matrix_CE: Floats, scale: float, bias: float, scoring: str, top_k: int
 ) -> list[list[tuple[int, float, float]]]:
     """Return the best labels of each image: (label's index, score, logit), best first.
 
@@ -73,10 +74,11 @@ def classify(
         features_NE: image features of unit length.
         matrix_CE: classifier, a row a label, of unit length.
         scale: factor on cosine similarities, exponentiated.
+        bias: added to them, 0 for a model without one.
         scoring: softmax over the labels (Radford et al. 2021, section 3.1.2), or sigmoid.
         top_k: labels of an answer, at most C.
     """
-    logits_NC = scale * (features_NE @ matrix_CE.T).astype(np.float64)
+    logits_NC = scale * (features_NE @ matrix_CE.T).astype(np.float64) + bias
     results = []
     for logits_C in logits_NC:
         best = _best(logits_C, top_k)

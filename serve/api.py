@@ -117,7 +117,9 @@ class Api:
         features_NE, _ = await self._embed(exchange, loaded, wanted.items)
 
         def respond() -> Response:
-            scored = answers.classify(features_NE, matrix_CE, loaded.logit_scale, scoring, top_k)
+            scored = answers.classify(
+                features_NE, matrix_CE, loaded.logit_scale, loaded.logit_bias, scoring, top_k
+            )
             data = [
                 {
                     "index": index,

@@ -16,7 +16,7 @@ import math
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +55,13 @@ class Loaded:
         served: which one.
         encoder: encodes with it.
         logit_scale: factor on cosine similarities, exponentiated.
+        logit_bias: added to them, 0 for a model without one.
     """
 
     served: ServedModel
     encoder: Encoder
     logit_scale: float
+    logit_bias: float
 
     @property
     def id(self) -> str:
@@ -149,7 +151,7 @@ class Engine:
     async def _switch(self, target: Target) -> None:
         held = [model for model in self.models() if model.served.digest == target.digest]
         if held:
-            current = Loaded(target.plain(), held[0].encoder, held[0].logit_scale)
+            current = replace(held[0], served=target.plain())
             if held[0].served == current.served:
                 current = held[0]
         else:
@@ -219,8 +221,13 @@ class Engine:
 
         encoder = await asyncio.to_thread(load)
         await self.workers.warm_up(encoder)
-        scale = float(encoder.model.logit_scale.detach().exp())
-        return Loaded(served.plain(), encoder, scale)
+        bias = encoder.model.logit_bias
+        return Loaded(
+            served.plain(),
+            encoder,
+            logit_scale=encoder.model.logit_scale.exp().item(),
+            logit_bias=0.0 if bias is None else bias.item(),
+        )
 
     def status(self) -> dict[str, Any]:
         """Return what this replica serves; what promotions and `--check` read."""

@@ -77,7 +77,7 @@ _MODEL = _nullable(
 _MODALITY = _nullable(_string("what plain strings are", enum=["text", "image"]))
 _SCORING = _nullable(
     _string(
-        "softmax over the labels, or a sigmoid of each label's logit (without a bias)",
+        "softmax over the labels, or a sigmoid of each label's logit, its bias included",
         enum=["softmax", "sigmoid"],
     )
 )
@@ -222,9 +222,10 @@ _CLIP = _object(
         "run_id": _nullable(_string("MLflow run that made the model")),
         "digest": _string("SHA-256 over the model's files", pattern="^[0-9a-f]{64}$"),
         "logit_scale": _NUMBER,
+        "logit_bias": _NUMBER,
         "dim": _integer("numbers of an embedding"),
     },
-    ("name", "version", "run_id", "digest", "logit_scale", "dim"),
+    ("name", "version", "run_id", "digest", "logit_scale", "logit_bias", "dim"),
 )
 _PROVENANCE = {"model": _string("the model that answered, such as clip/7"), "clip": _CLIP}
 _USAGE = _object(

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from clip_ray.config import DataConfig
-from clip_ray.contrastive import clip_loss
+from clip_ray.contrastive import clip_loss, siglip_loss
 from clip_ray.data.manifest import Manifest
 from clip_ray.data.shards import Sample, read_ordinals
 from clip_ray.errors import DataError
@@ -41,15 +41,19 @@ def _decodes(sample: Sample, max_pixels: int) -> bool:
 
 
 def evaluate_holdout(encoder: Encoder, manifest: Manifest, data: DataConfig) -> Result:
-    """Return the `loss` over the held-out samples as one batch, and retrieval among them."""
+    """Return the `loss` of the held-out samples as one batch, and retrieval among them."""
     pairs = read_pairs(manifest, data, MAX_SAMPLES)
     if not pairs:
         return Result("holdout", {}, samples=0)
     images = encoder.encode_images([p.image for p in pairs])
     texts = encoder.encode_texts([p.caption for p in pairs])
     with torch.no_grad():
-        scale = encoder.model.logit_scale.exp().cpu()
-        loss = clip_loss(torch.from_numpy(images), torch.from_numpy(texts), scale)
+        features = torch.from_numpy(images), torch.from_numpy(texts)
+        scale, bias = encoder.model.logit_scale.exp().cpu(), encoder.model.logit_bias
+        if bias is None:
+            loss = clip_loss(*features, scale)
+        else:
+            loss = siglip_loss(*features, scale, bias.cpu())
     scores = retrieve(images, texts, np.arange(len(pairs)))
     recalls = {
         f"retrieval.{direction}.r{k}": getattr(scores, direction)[k]

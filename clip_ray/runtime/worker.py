@@ -22,12 +22,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from clip_ray import model as models
 from clip_ray.config import Config
 from clip_ray.config.load import dump_config
 from clip_ray.data.blocks import Layout
 from clip_ray.errors import CheckpointError, ConfigError, RegistryError, TrainingError
-from clip_ray.optim import build_optimizer
 from clip_ray.runtime.cluster import Share
 from clip_ray.runtime.data import BatchStream
 from clip_ray.runtime.recorder import Reporter
@@ -37,7 +35,7 @@ from clip_ray.train.checkpoint import Checkpoints, Commit
 from clip_ray.train.initial import initial_weights
 from clip_ray.train.journal import Row, last_row, read_journal
 from clip_ray.train.loop import Outcome, train
-from clip_ray.train.state import Progress, broadcast, restore, snapshot
+from clip_ray.train.state import Progress, broadcast, build_state, restore, snapshot
 
 JOURNAL_TIMEOUT_S = 60.0
 COMMIT_TIMEOUT_S = 900.0
@@ -130,11 +128,7 @@ def _begin(
     job: Job, rank: int, device: torch.device, reporter: Reporter
 ) -> _Attempt | tuple[str, str]:
     """Build model and optimizer, and load the commit that rank 0 chose, on every rank."""
-    config = job.config
-    model = models.build(config.model, seed=config.run.seed).to(device)
-    model.set_training(config.train.patch_dropout, config.train.grad_checkpointing)
-    model.freeze(config.init.freeze)
-    optimizer = build_optimizer(model, config.optim)
+    model, optimizer = build_state(job.config, device)
     decision: list[Any] = [None]
     if rank == 0:
         try:

@@ -12,7 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from clip_ray.config import Config
 from clip_ray.errors import CheckpointError
+from clip_ray.model import CLIP, build
+from clip_ray.optim import build_optimizer
 from clip_ray.train.checkpoint import Fill
 
 FORMAT = 1
@@ -54,6 +57,22 @@ class Progress:
         if fields.pop("format") > FORMAT:
             raise CheckpointError("the checkpoint's state has a newer format; upgrade clip-ray")
         return cls(**fields)
+
+
+def build_state(
+    config: Config, device: torch.device | str = "cpu", seed: int | None = None
+) -> tuple[CLIP, torch.optim.AdamW]:
+    """Return a run's model, as it is trained, and its optimizer.
+
+    Args:
+        config: the run's.
+        device: where the model goes.
+        seed: of the weights; none = the run's.
+    """
+    model = build(config.model, seed=config.run.seed if seed is None else seed).to(device)
+    model.set_training(config.train.patch_dropout, config.train.grad_checkpointing)
+    model.freeze(config.init.freeze)
+    return model, build_optimizer(model, config.optim)
 
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Fill]:
@@ -132,18 +151,14 @@ def gathered_digests(model: nn.Module) -> list[int]:
 
     The sum of their bits as integers: any one that differs shows. One number a rank travels.
     """
-    total = torch.zeros((), dtype=torch.int64)
+    total = torch.zeros(1, dtype=torch.int64, device=next(model.parameters()).device)
     for number, tensor in enumerate([*model.parameters(), *model.buffers()], 1):
-        bits = tensor.detach().contiguous().view(torch.uint8)
-        whole = len(bits.flatten()) // 4 * 4
-        flat = bits.flatten()
-        summed = flat[:whole].view(torch.int32).sum(dtype=torch.int64) + flat[whole:].sum()
+        flat = tensor.reshape(-1)
+        bits = flat.view(torch.int32 if flat.element_size() == 4 else torch.uint8)
         # Weighted, so that what two tensors have exchanged shows.
-        total += number * summed.cpu()
+        total += number * bits.sum(dtype=torch.int64)
     if not dist.is_initialized():
         return [int(total)]
-    device = next(model.parameters()).device
-    mine = total.to(device)[None]
-    everyones = mine.new_empty(dist.get_world_size())
-    dist.all_gather_into_tensor(everyones, mine)
-    return [int(x) for x in everyones.tolist()]
+    everyones = total.new_empty(dist.get_world_size())
+    dist.all_gather_into_tensor(everyones, total)
+    return [int(digest) for digest in everyones.tolist()]

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 
 from clip_ray.config import DataConfig, SourceConfig
-from clip_ray.contrastive import clip_loss
 from clip_ray.data.blocks import BlockReader, Layout
 from clip_ray.data.manifest import build_manifest
 from clip_ray.data.plan import Plan
@@ -32,28 +31,6 @@ def cpu_seconds(run: Callable[[], object], repeats: int = 3) -> float:
         run()
         best = min(best, time.process_time() - begun)
     return best
-
-
-def test_gathered_loss_against_the_plain_formulation():
-    """Forward and backward, one worker: both logit matrices and cross-entropies, by autograd."""
-    n, d = 4096, 512
-    image, text = (torch.nn.functional.normalize(torch.randn(n, d), dim=1) for _ in range(2))
-    scale = torch.tensor(14.3)
-
-    def plain() -> None:
-        a, b, s = (x.clone().requires_grad_() for x in (image, text, scale))
-        target = torch.arange(n)
-        per_image, per_text = s * a @ b.T, s * b @ a.T
-        cross_entropy = torch.nn.functional.cross_entropy
-        ((cross_entropy(per_image, target) + cross_entropy(per_text, target)) / 2).backward()
-
-    def tiled() -> None:
-        a, b, s = (x.clone().requires_grad_() for x in (image, text, scale))
-        clip_loss(a, b, s).backward()
-
-    ratio = cpu_seconds(tiled) / cpu_seconds(plain)
-    print(f"\nloss, N={n}, d={d}: tiled / plain = {ratio:.2f}x CPU time")
-    assert ratio <= 0.8
 
 
 def test_seek_in_a_billion_samples():

@@ -34,9 +34,11 @@ def picture(seed: int, kind: str = "PNG", size: tuple[int, int] = (60, 40)) -> b
     return data.getvalue()
 
 
-def export(folder: Path, seed: int, version: str, scale: float = 3.0) -> ServedModel:
+def export(
+    folder: Path, seed: int, version: str, scale: float = 3.0, bias: float | None = None
+) -> ServedModel:
     """Write a random tiny model; `scale` spreads its features, so that models differ."""
-    model = build(TINY, seed=seed)
+    model = build(TINY.model_copy(update={"init_logit_bias": bias}), seed=seed)
     with torch.no_grad():
         for parameter in (model.visual.proj, model.text_projection):
             parameter.mul_(scale)

@@ -217,6 +217,7 @@ def test_every_answer_of_a_model_says_which_it_was(site: Site, served: ServedMod
         "run_id": "run1",
         "digest": served.digest,
         "logit_scale": site.engine.pick(None).logit_scale,
+        "logit_bias": 0.0,
         "dim": 16,
     }
     calls: list[tuple[str, str, dict[str, Any] | None]] = [
@@ -314,6 +315,34 @@ def test_classify_by_hand(site: Site, encoder: Encoder) -> None:
         scores = [p["score"] for p in result["predictions"]]
         np.testing.assert_allclose(scores, 1 / (1 + np.exp(-best)), atol=1e-5)
     assert answer["scoring"] == "sigmoid"
+
+
+def test_a_sigmoid_has_the_models_bias(tmp_path: Path) -> None:
+    """A model of the sigmoid loss; a softmax does not change by it."""
+    with_bias = export(tmp_path / "model", 0, "1", bias=-2.5)
+    encoder = Encoder.load(with_bias.uri, device="cpu")
+    logits = encoder.model.logit_scale.exp().item() * (
+        encoder.encode_images(PICTURES[:1]) @ encoder.encode_texts(["cat", "dog"]).T
+    )
+    expected = 1 / (1 + np.exp(2.5 - logits[0]))
+    site = Site(tmp_path, with_bias)
+    try:
+        found, plain = (
+            {
+                p["label"]: p["score"]
+                for p in site.post(
+                    "/v1/classify",
+                    {"input": URIS[:1], "labels": ["cat", "dog"], "templates": ["{}"],
+                     "scoring": scoring},
+                ).json()["data"][0]["predictions"]
+            }
+            for scoring in ("sigmoid", "softmax")
+        )  # fmt: skip
+        assert site.post("/v1/embeddings", {"input": "a"}).json()["clip"]["logit_bias"] == -2.5
+    finally:
+        site.close()
+    assert [found["cat"], found["dog"]] == pytest.approx(expected.tolist(), rel=1e-4)
+    assert plain["cat"] + plain["dog"] == pytest.approx(1)
 
 
 def test_classify_defaults(site: Site) -> None:

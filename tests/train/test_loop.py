@@ -31,7 +31,7 @@ from clip_ray.train import loop
 from clip_ray.train.checkpoint import Checkpoints, Commit, Fill
 from clip_ray.train.loop import Outcome, train
 from clip_ray.train.rundir import Run, prepare
-from clip_ray.train.state import Progress, broadcast, restore, snapshot
+from clip_ray.train.state import Progress, broadcast, build_state, restore, snapshot
 from tests.data.shard_files import write_tar
 from tests.distributed import run_ranks
 
@@ -52,14 +52,24 @@ def picture(seed: int) -> bytes:
     return simplejpeg.encode_jpeg(pixels, quality=90)
 
 
-def make_run(folder: Path, bad: tuple[int, ...] = (), **sections: dict[str, Any]) -> Run:
-    """Return a run over 64 samples in two shards; the images of `bad` are no images."""
+def make_run(
+    folder: Path,
+    bad: tuple[int, ...] = (),
+    samples: int = SAMPLES,
+    kinds: int | None = None,
+    **sections: dict[str, Any],
+) -> Run:
+    """Return a run over samples in two shards; the images of `bad` are no images.
+
+    Only `kinds` of the samples differ, by default all.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for shard in range(2):
         members = []
-        for i in range(shard * SAMPLES // 2, (shard + 1) * SAMPLES // 2):
-            image = b"no image" if i in bad else picture(i)
-            caption = f"{CAPTIONS[i % len(CAPTIONS)]} {i}".encode()
+        for i in range(shard * samples // 2, (shard + 1) * samples // 2):
+            kind = i % (kinds or samples)
+            image = b"no image" if i in bad else picture(kind)
+            caption = f"{CAPTIONS[kind % len(CAPTIONS)]} {kind}".encode()
             members += [(f"{i:03d}.jpg", image), (f"{i:03d}.txt", caption)]
         write_tar(folder / f"{shard}.tar", members)
     tree: dict[str, dict[str, Any]] = {
@@ -128,6 +138,7 @@ class Faults:
         poison_gradient: steps whose gradient is infinite, the loss being finite.
         batches: number of batches after which the data end.
         local_loss: a wrong loss is used, that of the rank's own rows.
+        flip_at: the step before which one bit of rank 1's weights changes.
     """
 
     stop_at: int | None = None
@@ -136,6 +147,7 @@ class Faults:
     poison_gradient: frozenset[int] = frozenset()
     batches: int | None = None
     local_loss: bool = False
+    flip_at: int | None = None
 
 
 def contents(fills: dict[str, Fill], folder: Path) -> dict[str, bytes]:
@@ -166,6 +178,15 @@ def poisoned(batches: Iterator[Batch], first: int, steps: frozenset[int]) -> Ite
         yield batch
 
 
+def flipped(batches: Iterator[Batch], at: int, model: torch.nn.Module) -> Iterator[Batch]:
+    """Change the lowest bit of one weight before a batch, as a fault of memory would."""
+    for number, batch in enumerate(batches):
+        if number == at:
+            with torch.no_grad():
+                next(model.parameters()).view(-1)[:1].view(torch.int32).bitwise_xor_(1)
+        yield batch
+
+
 def attempt(
     run: Run,
     folder: Path,
@@ -176,8 +197,7 @@ def attempt(
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
     # Ranks that read no checkpoint begin with other weights: rank 0's must reach them.
-    bare = models.build(run.config.model, seed=run.config.run.seed + rank)
-    optimizer = build_optimizer(bare, run.config.optim)
+    bare, optimizer = build_state(run.config, seed=run.config.run.seed + rank)
     progress = Progress(0, run.plan.digest)
     if files is not None:
         progress = Progress.from_bytes(files["state.json"])
@@ -201,6 +221,8 @@ def attempt(
     batches = read_batches(run.reader(world_size), rank, progress.step, steps)
     if rank == world_size - 1:
         batches = poisoned(batches, progress.step, faults.poison)
+    if faults.flip_at is not None and rank == 1:
+        batches = flipped(batches, faults.flip_at - progress.step, bare)
     calls = iter(range(progress.step, run.total_steps))
     if faults.poison_gradient:
         bare.logit_scale.register_hook(
@@ -329,9 +351,9 @@ def test_micro_batches_are_of_one_size(made: Made, monkeypatch: pytest.MonkeyPat
     sizes: list[int] = []
     encode = models.CLIP.encode_image
 
-    def recording(self: models.CLIP, pixels: Tensor) -> Tensor:
+    def recording(self: models.CLIP, pixels: Tensor, keys: Tensor | None) -> Tensor:
         sizes.append(len(pixels))
-        return encode(self, pixels)
+        return encode(self, pixels, keys)
 
     monkeypatch.setattr(models.CLIP, "encode_image", recording)
     run = replace(with_train(made.run, micro_batch=6), total_steps=1)
