@@ -22,13 +22,16 @@ import torch.distributed as dist
 TIMEOUT_S = 60
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """Call `function(*args)` on each rank of a new gloo group; return the results by rank.
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, backend: str = "gloo"
+) -> list[Any]:
+    """Call `function(*args)` on each rank of a new process group; return the results by rank.
 
     Args:
         function: at the top level of a module, so that it can be pickled.
         world_size: number of processes.
         args: picklable.
+        backend: gloo, or nccl with a device for each rank.
 
     Raises:
         RuntimeError: a rank raised; the message holds its traceback.
@@ -39,7 +42,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch._dynamo", "pytest", "clip_ray.train.rundir", __name__])
     with tempfile.TemporaryDirectory() as folder:
-        store, task = str(Path(folder) / "store"), pickle.dumps((function, args))
+        store, task = str(Path(folder) / "store"), pickle.dumps((function, args, backend))
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
         processes = [
             context.Process(target=_rank, args=(rank, world_size, store, task, sender), daemon=True)
@@ -81,14 +84,14 @@ def _rank(rank: int, world_size: int, store: str, task: bytes, sender: Connectio
         # Otherwise gloo looks the host's name up, which not every machine can.
         os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
         torch.set_num_threads(1)
+        function, args, backend = pickle.loads(task)
         dist.init_process_group(
-            "gloo",
+            backend,
             init_method=f"file://{store}",
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=TIMEOUT_S),
         )
-        function, args = pickle.loads(task)
         answer = pickle.dumps(("", function(*args)))
     except BaseException:
         answer = pickle.dumps((traceback.format_exc(), None))

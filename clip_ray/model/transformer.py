@@ -35,7 +35,11 @@ class Attention(nn.Module):
     def forward(self, x_BLD: Tensor) -> Tensor:
         """Attend within each row of `x_BLD`; returns the same shape."""
         B, L, D = x_BLD.shape
-        qkv_BL3D = F.linear(x_BLD, self.in_proj_weight, self.in_proj_bias)
+        # A key bias adds the same to all logits of a query, so its gradient is zero. What rounding
+        # leaves of it is not: Adam would make steps of that noise.
+        query, key, value = self.in_proj_bias.chunk(3)
+        bias = torch.cat([query, key.detach(), value])
+        qkv_BL3D = F.linear(x_BLD, self.in_proj_weight, bias)
         qkv_3BHLK = qkv_BL3D.view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         q_BHLK, k_BHLK, v_BHLK = qkv_3BHLK.unbind(0)
         mixed_BHLK = F.scaled_dot_product_attention(q_BHLK, k_BHLK, v_BHLK, is_causal=self.causal)

@@ -34,3 +34,22 @@ def test_attention_equals_torchs_multihead_attention(causal):
     with torch.no_grad():
         expected, _ = theirs(x, x, x, attn_mask=mask, need_weights=False)
         torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_key_biases_gradient_is_zero_without_rounding(causal):
+    """Torch's own attention finds the same gradients in float64, and nearly zero for this one."""
+    ours = Attention(24, heads=3, causal=causal).double()
+    theirs = nn.MultiheadAttention(24, 3, batch_first=True).double()
+    nn.init.normal_(ours.in_proj_bias)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mask = torch.full((7, 7), float("-inf"), dtype=torch.float64).triu(1) if causal else None
+    weight = torch.randn(2, 7, 24, dtype=torch.float64)
+    (ours(x) * weight).sum().backward()
+    (theirs(x, x, x, attn_mask=mask, need_weights=False)[0] * weight).sum().backward()
+    key = slice(24, 48)
+    assert (ours.in_proj_bias.grad[key] == 0).all()
+    assert theirs.in_proj_bias.grad[key].abs().max() < 1e-13
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-12)

@@ -110,16 +110,64 @@ def test_mlflow_has_what_the_journal_has(undisturbed):
     assert version.tags["digest"] == summary["digest"]
 
 
-def test_any_number_of_workers_gives_the_same_curve(jobs, undisturbed):
-    """Against the undisturbed run, which has two workers."""
-    # 5 divides neither 32 nor its shares: micro-batches are padded with void rows.
-    jobs.run("w1", *SLOW_STEPS, "--cluster.num_workers", "1")
-    jobs.run("w4", *SLOW_STEPS, "--cluster.num_workers", "4", "--train.micro_batch", "5")
+def assert_same_curve(jobs, name: str, undisturbed) -> None:
+    """20 steps of one loss curve, and the same weights after them."""
+    assert relative(jobs.losses(name)[:20], undisturbed.losses("clip")[:20]) <= 1e-4
     expected = weights_after_21_steps(undisturbed.run_dir("clip"))
-    for other in ("w1", "w4"):
-        assert relative(jobs.losses(other)[:20], undisturbed.losses("clip")[:20]) <= 1e-4
-        difference = weights_after_21_steps(jobs.run_dir(other)) - expected
-        assert np.linalg.norm(difference) <= 1e-5 * np.linalg.norm(expected)
+    difference = weights_after_21_steps(jobs.run_dir(name)) - expected
+    assert np.linalg.norm(difference) <= 1e-5 * np.linalg.norm(expected)
+
+
+# Workers and micro-batches of each: the undisturbed run has two workers, and one micro-batch.
+# 32 rows are 11 for each of three workers: two batches of 6 are filled up with void rows, so is
+# the one row that is missing.
+@pytest.mark.parametrize(("workers", "micro_batch"), [(1, 8), (3, 6), (4, 8)])
+def test_any_number_of_workers_gives_the_same_curve(jobs, undisturbed, workers, micro_batch):
+    """With four micro-batches, with two, and with one."""
+    flags = ("--cluster.num_workers", str(workers), "--train.micro_batch", str(micro_batch))
+    jobs.run("other", *SLOW_STEPS, *flags)
+    assert_same_curve(jobs, "other", undisturbed)
+    assert {row["world_size"] for row in jobs.rows("other")} == {workers}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("workers", "micro_batch"),
+    [(1, 32), (1, 16), (2, 8), (2, 4), (3, 11), (3, 3), (4, 4), (4, 2)],
+)
+def test_all_of_the_workers_and_micro_batches(jobs, undisturbed, workers, micro_batch):
+    """What the tests above leave out of 1 to 4 workers times 1, 2 and 4 micro-batches."""
+    flags = ("--cluster.num_workers", str(workers), "--train.micro_batch", str(micro_batch))
+    jobs.run("other", *SLOW_STEPS, *flags)
+    assert_same_curve(jobs, "other", undisturbed)
+
+
+@pytest.mark.slow
+def test_a_slightly_other_run_is_told_apart(jobs, undisturbed):
+    """Another learning rate by a thousandth leaves the bounds of the tests above."""
+    jobs.run("other", *SLOW_STEPS, "--optim.lr", "1.001e-3")
+    with pytest.raises(AssertionError):
+        assert_same_curve(jobs, "other", undisturbed)
+
+
+def test_options_of_the_step_through_ray(jobs, undisturbed):
+    """A sigmoid loss from given weights, a locked tower, duplicates masked: two workers."""
+    export = undisturbed.run_dir("clip") / "export"
+    flags = ("--train.loss", "siglip", "--model.init_logit_bias", "-10")
+    flags += ("--train.mask_duplicates", "true", "--init.freeze", "[image]")
+    flags += ("--init.weights", str(export), "--train.micro_batch", "8", "--train.steps", "6")
+    flags += ("--train.grad_checkpointing", "true")
+    output = jobs.run("tuned", *flags)
+    assert f"beginning from {export}" in output
+    (begun,) = [e for e in jobs.rows("tuned", "events") if e["event"] == "initial_weights"]
+    assert begun["digest"] == undisturbed.summary("clip")["digest"]
+    before, after = (
+        safetensors.numpy.load_file(folder / "model.safetensors")
+        for folder in (export, jobs.run_dir("tuned") / "export")
+    )
+    assert after.keys() - before.keys() == {"logit_bias"}
+    same = {name for name in before if np.array_equal(before[name], after[name])}
+    assert same == {name for name in before if name.startswith("visual.")}
 
 
 def test_a_killed_worker_costs_nothing_but_time(jobs, undisturbed):
