@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 TORCH_PIN := $(shell grep '^torch==' constraints.txt)
 NOT_SELECTED := not slow and not chaos and not bench and not gpu
 
-.PHONY: help install quickstart serve serve-down test test-slow lint format ui bench clean
+.PHONY: help install quickstart serve serve-down test test-slow test-gpu lint format ui bench clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -e 's/:.*##/:/' | awk -F': *' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -59,6 +59,9 @@ test: install  ## unit and Ray integration tests (under 15 minutes on 2 cores)
 
 test-slow: install  ## the tests that take minutes each
 	@$(BIN)/python -m pytest -m "slow"
+
+test-gpu: install  ## the tests that need a CUDA device
+	@$(BIN)/python -m pytest -m "gpu" -rs
 
 lint: install  ## ruff and mypy
 	@$(BIN)/ruff format --check .
