@@ -8,6 +8,7 @@ STORAGE ?= runs
 TORCH_INDEX ?=
 TORCH_PIN := $(shell grep '^torch==' constraints.txt)
 NOT_SELECTED := not slow and not chaos and not bench and not gpu
+JOBS := tests/runtime/test_pretrain.py
 
 .PHONY: help install quickstart serve serve-down test test-slow test-gpu lint format ui bench clean
 
@@ -48,14 +49,14 @@ serve-down: install  ## end what make serve started, from another terminal
 	@$(BIN)/python jobs/deploy.py --down --storage $(STORAGE)
 
 test: install  ## unit and Ray integration tests (under 15 minutes on 2 cores)
-	@# The tests that use Ray wait much; the others run beside them, and are shown after them.
+	@# Training jobs wait much for processes to start; the other tests run beside them.
 	@others=$$(mktemp); \
-	$(BIN)/python -m pytest -m "$(NOT_SELECTED) and not ray" >"$$others" 2>&1 & beside=$$!; \
+	$(BIN)/python -m pytest -m "$(NOT_SELECTED)" --ignore $(JOBS) >"$$others" 2>&1 & beside=$$!; \
 	trap 'kill $$beside 2>/dev/null' INT TERM; \
-	echo "tests without Ray run beside these, their output follows"; \
-	$(BIN)/python -m pytest -m "$(NOT_SELECTED) and ray"; ray=$$?; \
+	echo "the other tests run beside these, their output follows"; \
+	$(BIN)/python -m pytest -m "$(NOT_SELECTED)" $(JOBS); jobs=$$?; \
 	wait $$beside; rest=$$?; cat "$$others"; rm -f "$$others"; \
-	[ $$ray -eq 0 ] && [ $$rest -eq 0 ]
+	[ $$jobs -eq 0 ] && [ $$rest -eq 0 ]
 
 test-slow: install  ## the tests that take minutes each
 	@$(BIN)/python -m pytest -m "slow"
