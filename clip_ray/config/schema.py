@@ -248,7 +248,8 @@ class InitConfig(Section):
     weights: PublicPath | None = Field(
         None,
         description="model of the same architecture and tokenizer to begin from: an export, or a "
-        "CLIP ViT of open_clip or Hugging Face; directory or s3:// prefix",
+        "CLIP ViT of open_clip or Hugging Face; directory or s3:// prefix. Their logit scale and "
+        "bias come along where they are of the same loss",
     )
     freeze: tuple[Literal["image", "text"], ...] = Field(
         (), description="towers whose weights stay as they are (locked-image tuning: [image])"

@@ -98,7 +98,8 @@ def gather(
         dist.all_gather_into_tensor(gathered, payload, group=settings.group)
     identities = None
     if identities_BK is not None:
-        identities = gathered[:, E + 1 :].contiguous().view(torch.int64)
+        # A clone: what is contiguous already could begin in the middle of an int64.
+        identities = gathered[:, E + 1 :].clone().view(torch.int64)
     return Columns(gathered[:, :E].contiguous(), gathered[:, E] > 0.5, identities)
 
 

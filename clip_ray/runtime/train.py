@@ -137,7 +137,9 @@ def pretrain(config: Config, command: list[str], say: Say = print) -> Ended:
             check_storage(config.run.storage, tracking_uri)
             run = prepare(store, config, lambda: index_data(config.data, say), say)
             if config.init.weights is not None and not Checkpoints(store).commits():
-                _, digest = initial_weights(run.config, run.tokenizer)  # refused here, not later
+                _, digest = initial_weights(
+                    run.config, run.tokenizer, store
+                )  # refused here, not later
                 say(f"beginning from {config.init.weights} (digest {digest[:12]})")
             return _run_job(run, share, command, stop, say)
 
@@ -240,9 +242,9 @@ def _raise_failure(result: Result, run: Run) -> None:
         rows_of_step = run.plan.step_rows(last - 1)
         shards = sorted({run.manifest.shard(int(s)).path for s in set(rows_of_step.shard)})[:3]
         raise TrainingError(
-            f"not finite for {run.config.train.max_nonfinite} steps up to step {last}, again after "
-            f"a roll-back: {result.outcome.detail}. Lower optim.lr, or look at the samples of "
-            f"these steps (python jobs/verify_run.py --run {run.store.uri} --step {last}; shards "
+            f"not finite up to step {last}, again after a roll-back: {result.outcome.detail}. "
+            "Lower optim.lr (under another run.name), or look at the samples of these steps "
+            f"(python jobs/verify_run.py --run {run.store.uri} --step {last}; shards "
             f"{', '.join(shards)})"
         )
 

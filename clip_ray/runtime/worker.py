@@ -106,8 +106,7 @@ def run_worker(settings: dict[str, Job]) -> Result:
         if outcome.reason != "nonfinite":
             return Result(outcome=outcome)
         step = outcome.progress.step
-        # "Again" is a little later where a commit amid these steps was rolled back to.
-        if last_rollback is not None and step <= last_rollback + job.config.train.max_nonfinite:
+        if last_rollback is not None and step <= last_rollback:
             return Result(outcome=outcome)
         # Once: a hardware fault does not come back, bad data or a bad learning rate does.
         last_rollback = step
@@ -167,8 +166,8 @@ def _decide(
         )
     progress, commit = Progress(0, job.plan_digest), None
     if found is None and job.config.init.weights is not None:
-        weights, digest = initial_weights(job.config, Tokenizer.load(job.tokenizer))
-        # Not strict: a bias that only the run's model has begins as the config says.
+        weights, digest = initial_weights(job.config, Tokenizer.load(job.tokenizer), run)
+        # Not strict: scale and bias of another loss begin as the config says.
         model.load_state_dict(weights, strict=False)
         events.append({"event": "initial_weights", "digest": digest})
     if found is not None:

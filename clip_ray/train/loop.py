@@ -28,8 +28,8 @@ from clip_ray.optim import clamp_logit_scale, learning_rate
 from clip_ray.train.state import Progress, gathered_digests
 
 PHASES = ("data_wait", "copy", "forward", "loss", "backward", "optimizer", "checkpoint")
+_COUNTS = 4  # riders before the pieces of the digest
 _DIGEST_PIECES = 6
-_BROKEN = 4  # place among the riders of: ranks with features not finite, and their number
 _PIECE_BITS = 11  # six 11-bit pieces hold 64 bits; their sums over 8,000 workers fit 24 bits
 MIN_SEEN = 1000  # samples before the share of bad ones is judged
 
@@ -133,7 +133,7 @@ def train(
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     clock = Clock(device)
-    nonfinite_in_a_row = 0
+    nonfinite_in_a_row, due = 0, False
     stepper = _Stepper(model, optimizer, config, total_steps, device, clock)
     while progress.step < total_steps:
         begun = time.perf_counter()
@@ -156,12 +156,15 @@ def train(
         reason = _reason_to_end(
             progress, result, nonfinite_in_a_row, config, total_steps, samples_per_pass
         )
-        if reason in ("finished", "stopped") or (
-            reason is None and progress.step % config.checkpoint.every_steps == 0
-        ):
+        due = due or progress.step % config.checkpoint.every_steps == 0
+        if reason in ("finished", "stopped") and not result.finite and not _is_finite(model):
+            reason = "nonfinite"  # the weights themselves are broken: the last commit is better
+        # Amid steps that are not finite the weights may be what is wrong: a commit waits.
+        if reason in ("finished", "stopped") or (reason is None and due and result.finite):
             _refuse_divergence(model, progress.step)
             hooks.commit(progress)
             clock.mark("checkpoint")
+            due = False
         if rank == 0:
             seconds = time.perf_counter() - begun
             hooks.record(
@@ -174,21 +177,30 @@ def train(
 
 
 def _refuse_divergence(model: nn.Module, step: int) -> None:
-    """Raise where ranks hold other weights or buffers than most: nothing is committed then.
+    """Raise where ranks hold different weights or buffers: nothing is committed then.
 
     Every rank's are the same bits, as all start from the same and take the same gradient; what
     differs is a fault of memory or of a device.
     """
     digests = gathered_digests(model)
     usual = max(digests, key=digests.count)
-    others = [rank for rank, digest in enumerate(digests) if digest != usual]
-    if others:
-        raise TrainingError(
-            f"step {step}: the weights of rank {', '.join(map(str, others))} are not those of the "
-            f"{digests.count(usual)} others (of {len(digests)}); nothing is committed. This is a "
-            "fault of memory or of a device, or workers of different hardware: find the node in "
-            "the log, and leave it out if it happens again"
-        )
+    agreed = digests.count(usual)
+    if agreed == len(digests):
+        return
+    others = [str(rank) for rank, digest in enumerate(digests) if digest != usual]
+    who = f"those of rank {', '.join(others)} are not the others'"
+    if 2 * agreed <= len(digests):
+        who = f"which of the {len(digests)} ranks is wrong cannot be told"
+    raise TrainingError(
+        f"step {step}: the ranks' weights differ ({who}); nothing is committed. This is a fault of "
+        "memory or of a device, or the workers' hardware differs: find the node in the log, and "
+        "leave it out if it happens again"
+    )
+
+
+def _is_finite(model: nn.Module) -> bool:
+    """Tell whether the weights are numbers; equal on all ranks, as the weights are."""
+    return all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
 
 @dataclass(frozen=True)
@@ -202,17 +214,14 @@ class _Result:
     bad: int
     truncated: int
     void: int
-    broken_ranks: int
-    broken_rank: int | None
+    broken_ranks: tuple[int, ...]
     samples_digest: int
 
     @property
     def where_broken(self) -> str:
         """Say which ranks had features that are not finite."""
-        if self.broken_rank is not None:
-            return f"the features of rank {self.broken_rank}"
         if self.broken_ranks:
-            return f"the features of {self.broken_ranks} ranks"
+            return f"the features of rank {', '.join(map(str, self.broken_ranks))}"
         return "the loss or the gradient, the features of all ranks being finite"
 
 
@@ -232,6 +241,7 @@ class _Stepper:
         self._total_steps, self._device, self._clock = total_steps, device, clock
         self._bare: Any = getattr(model, "module", model)
         self._rank = dist.get_rank() if dist.is_initialized() else 0
+        self._broken = torch.zeros((), dtype=torch.bool)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
 
     def step(self, batch: Batch, number: int, wants_stop: bool) -> _Result:
@@ -278,9 +288,8 @@ class _Stepper:
             bad=sums[1],
             truncated=sums[2],
             void=sums[3],
-            broken_ranks=sums[_BROKEN],
-            broken_rank=sums[_BROKEN + 1] if sums[_BROKEN] == 1 else None,
-            samples_digest=_join(sums[_BROKEN + 2 :]),
+            broken_ranks=() if finite else self._broken_ranks(),
+            samples_digest=_join(sums[_COUNTS:]),
         )
 
     def _loss(
@@ -293,9 +302,7 @@ class _Stepper:
         riders: Tensor,
     ) -> Tensor:
         with torch.no_grad():
-            broken = ~(image.isfinite().all() & text.isfinite().all())
-            riders[_BROKEN] = broken.float()
-            riders[_BROKEN + 1] = broken * self._rank
+            self._broken = ~(image.isfinite().all() & text.isfinite().all())
         function: Any = siglip_loss if self._config.train.loss == "siglip" else clip_loss
         value: Tensor = function(
             image,
@@ -307,6 +314,14 @@ class _Stepper:
             fused=self._config.train.compile,
         )
         return value
+
+    def _broken_ranks(self) -> tuple[int, ...]:
+        """Return the ranks whose features were not finite; all ranks call it at the same step."""
+        flags = self._broken[None].to(torch.int32)
+        if dist.is_initialized():
+            mine, flags = flags, flags.new_empty(dist.get_world_size())
+            dist.all_gather_into_tensor(flags, mine)
+        return tuple(flags.nonzero()[:, 0].tolist())
 
     def _on_device(
         self, batch: Batch, number: int
@@ -357,7 +372,7 @@ def _riders(batch: Batch, wants_stop: bool) -> Tensor:
     pieces = [
         (digest >> (_PIECE_BITS * i)) & ((1 << _PIECE_BITS) - 1) for i in range(_DIGEST_PIECES)
     ]
-    counts = [int(wants_stop), len(batch.bad), batch.truncated, int((~batch.valid).sum()), 0, 0]
+    counts = [int(wants_stop), len(batch.bad), batch.truncated, int((~batch.valid).sum())]
     return torch.tensor([*counts, *pieces], dtype=torch.float32)
 
 

@@ -109,6 +109,7 @@ def claim(store: Store, config: Config) -> bool:
     existed = bool(store.child("attempts").files())
     if not existed:
         store.delete("tokenizer.json")
+        store.delete("initial.json")
     if existed:
         old = read_config(store)
         before, after = defining(old), defining(config)

@@ -149,7 +149,7 @@ def broadcast(model: nn.Module, optimizer: torch.optim.Optimizer, restored: bool
 def gathered_digests(model: nn.Module) -> list[int]:
     """Return a checksum of the weights and buffers of each rank, by rank; every rank calls it.
 
-    The sum of their bits as integers: any one that differs shows. One number a rank travels.
+    The sum of their bits as integers: one that differs shows. A number a rank travels.
     """
     total = torch.zeros(1, dtype=torch.int64, device=next(model.parameters()).device)
     for number, tensor in enumerate([*model.parameters(), *model.buffers()], 1):

@@ -97,7 +97,9 @@ class Attempt:
     """What one rank's loop did; its own hooks."""
 
     stop_at: int | None = None
+    watch: bool = False
     asked: int = 0
+    before: list[dict[str, bytes]] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
     bad: list[dict[str, Any]] = field(default_factory=list)
     commits: list[tuple[Progress, dict[str, bytes]]] = field(default_factory=list)
@@ -112,6 +114,8 @@ class Attempt:
         self.bad += rows
 
     def wants_stop(self) -> bool:
+        if self.watch:
+            self.before.append(self.state())
         self.asked += 1
         return self.asked - 1 == self.stop_at
 
@@ -139,6 +143,8 @@ class Faults:
         batches: number of batches after which the data end.
         local_loss: a wrong loss is used, that of the rank's own rows.
         flip_at: the step before which one bit of rank 1's weights changes.
+        spoil_at: the step before which a weight becomes NaN, on all ranks.
+        watch: the state before each step is kept.
     """
 
     stop_at: int | None = None
@@ -148,6 +154,8 @@ class Faults:
     batches: int | None = None
     local_loss: bool = False
     flip_at: int | None = None
+    spoil_at: int | None = None
+    watch: bool = False
 
 
 def contents(fills: dict[str, Fill], folder: Path) -> dict[str, bytes]:
@@ -187,6 +195,15 @@ def flipped(batches: Iterator[Batch], at: int, model: torch.nn.Module) -> Iterat
         yield batch
 
 
+def spoiled(batches: Iterator[Batch], at: int, model: torch.nn.Module) -> Iterator[Batch]:
+    """Make a weight NaN before a batch."""
+    for number, batch in enumerate(batches):
+        if number == at:
+            with torch.no_grad():
+                next(model.parameters()).view(-1)[0] = torch.nan
+        yield batch
+
+
 def attempt(
     run: Run,
     folder: Path,
@@ -209,7 +226,7 @@ def attempt(
         model = DistributedDataParallel(
             bare, forward_sync_buffers=False, gradient_as_bucket_view=True
         )
-    mine = Attempt(stop_at=faults.stop_at if rank == faults.stop_rank else None)
+    mine = Attempt(faults.stop_at if rank == faults.stop_rank else None, faults.watch)
 
     def state() -> dict[str, bytes]:
         place = folder / f"snapshot-{rank}"
@@ -223,6 +240,8 @@ def attempt(
         batches = poisoned(batches, progress.step, faults.poison)
     if faults.flip_at is not None and rank == 1:
         batches = flipped(batches, faults.flip_at - progress.step, bare)
+    if faults.spoil_at is not None:
+        batches = spoiled(batches, faults.spoil_at - progress.step, bare)
     calls = iter(range(progress.step, run.total_steps))
     if faults.poison_gradient:
         bare.logit_scale.register_hook(
@@ -547,31 +566,29 @@ def every_step(run: Run) -> Run:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_step_that_is_not_finite_leaves_weights_and_moments(made: Made, world_size: int) -> None:
     """Poisoned on one rank only; all leave the step out, and its samples are consumed."""
-    ranks = on_ranks(
-        every_step(made.run), made.folder, world_size, faults=Faults(poison=frozenset({5}))
-    )
+    faults = Faults(poison=frozenset({5}), watch=True)
+    ranks = on_ranks(every_step(made.run), made.folder, world_size, faults=faults)
     for rank in ranks:
         assert rank.outcome is not None
         assert (rank.outcome.reason, rank.outcome.progress.step) == ("finished", 20)
         assert rank.outcome.progress.skipped == 1
-        states = [state for _, state in rank.commits]
-        assert states[5] == states[4] and states[6] != states[5]
+        assert rank.before[6] == rank.before[5] and rank.before[7] != rank.before[6]
+        # A commit waits for a step that is finite.
+        assert [p.step for p, _ in rank.commits] == [step for step in range(1, 21) if step != 6]
     found = ranks[0]
     assert [row["finite"] for row in found.rows] == [step != 5 for step in range(20)]
     assert found.losses[5] is None  # JSON has no NaN
     assert found.digests == made.alone.digests
     assert [row["lr"] for row in found.rows] == [row["lr"] for row in made.alone.rows]
     assert found.losses[:5] == pytest.approx(made.alone.losses[:5], rel=1e-5)
-    assert found.commits[5][0].loss == found.losses[4]
     assert all(torch.equal(rank.weights, found.weights) for rank in ranks)
     assert found.weights.isfinite().all()
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_too(made: Made) -> None:
-    faults = Faults(poison_gradient=frozenset({5}))
-    (found,) = on_ranks(every_step(made.run), made.folder, 1, faults=faults)
-    states = [state for _, state in found.commits]
-    assert states[5] == states[4] and states[6] != states[5]
+    faults = Faults(poison_gradient=frozenset({5}), watch=True)
+    (found,) = on_ranks(made.run, made.folder, 1, faults=faults)
+    assert found.before[6] == found.before[5] and found.before[7] != found.before[6]
     assert math.isfinite(found.losses[5]) and found.rows[5]["grad_norm"] is None
     assert [row["finite"] for row in found.rows] == [step != 5 for step in range(20)]
 
@@ -593,6 +610,51 @@ def test_steps_in_a_row_that_are_not_finite_end_the_run(
     progress = found.outcome.progress
     assert (found.outcome.reason, progress.step, progress.skipped) == (reason, step, skipped)
     assert len(found.commits) == (reason == "finished")
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("spoil_at", [3, 18, 19])
+def test_weights_that_are_not_finite_are_never_committed(
+    made: Made, spoil_at: int, world_size: int
+) -> None:
+    """Neither where a commit falls amid the steps (5), nor where the run's end does (20)."""
+    run = replace(
+        made.run,
+        config=made.run.config.model_copy(
+            update={"checkpoint": made.run.config.checkpoint.model_copy(update={"every_steps": 5})}
+        ),
+    )
+    for found in on_ranks(run, made.folder, world_size, faults=Faults(spoil_at=spoil_at)):
+        assert found.outcome is not None and found.outcome.reason == "nonfinite"
+        assert found.outcome.progress.step == min(spoil_at + 3, 20)
+        assert [p.step for p, _ in found.commits] == [s for s in (5, 10, 15) if s <= spoil_at]
+        for _, files in found.commits:
+            for tensor in safetensors.torch.load(files["model.safetensors"]).values():
+                assert tensor.isfinite().all()
+
+
+def test_a_commit_that_falls_on_a_broken_step_is_taken_after_it(made: Made) -> None:
+    """The weights are whole, the step's data were not: the commit comes at the next good step."""
+    run = replace(
+        made.run,
+        config=made.run.config.model_copy(
+            update={"checkpoint": made.run.config.checkpoint.model_copy(update={"every_steps": 5})}
+        ),
+    )
+    (found,) = on_ranks(run, made.folder, 1, faults=Faults(poison=frozenset({4, 5, 19})))
+    assert [p.step for p, _ in found.commits] == [7, 10, 15, 20]
+    assert found.outcome is not None and found.outcome.reason == "finished"
+
+
+def test_all_ranks_with_broken_features_are_named(made: Made) -> None:
+    """The last rank's pixels are NaN, or all ranks' weights are."""
+    for faults, named in (
+        (Faults(poison=frozenset({2, 3, 4})), "the features of rank 2"),
+        (Faults(spoil_at=2), "the features of rank 0, 1, 2"),
+        (Faults(poison_gradient=frozenset({2, 3, 4})), "the loss or the gradient"),
+    ):
+        for found in on_ranks(made.run, made.folder, 3, faults=faults):
+            assert found.outcome is not None and found.outcome.detail.startswith(named)
 
 
 def test_progress_survives_its_file() -> None:

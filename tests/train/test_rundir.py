@@ -119,6 +119,7 @@ ALLOWED: dict[str, Any] = {
     "train.micro_batch": 2,
     "train.device": "cpu",
     "train.compile": True,
+    "train.grad_checkpointing": True,
     "train.profile_steps": [1, 2],
 }
 
