@@ -242,8 +242,8 @@ def test_what_the_web_holds_is_a_picture_or_a_typed_error(case: Case) -> None:
 def test_the_corpus_is_decoded_within_bounds_of_memory_and_time() -> None:
     """Each input in a forked process: 100 MB above what the process had, and 5 seconds.
 
-    Of 4 million pixels, three copies of four bytes are 48 MB. The control: a picture of 12000 x
-    12000 with the limit of the pixels lifted goes far beyond.
+    Of 4 million pixels, three copies of four bytes are 48 MB. The control: a picture of 9000 x
+    9000 with the limit of the pixels lifted goes far beyond.
     """
     root = Path(__file__).parents[1]
     child = subprocess.run(
@@ -258,7 +258,7 @@ def test_the_corpus_is_decoded_within_bounds_of_memory_and_time() -> None:
     grown: dict[str, list[float]] = json.loads(child.stdout)
     control = grown.pop("control")
     assert len(grown) == len(CORPUS) >= 40
-    assert control[0] > 400
+    assert control[0] > 200
     for name, (megabytes, seconds) in grown.items():
         assert megabytes < 100 and seconds < 5, name
 
@@ -266,7 +266,7 @@ def test_the_corpus_is_decoded_within_bounds_of_memory_and_time() -> None:
 def measure_corpus() -> None:
     """Print how much memory (MB) and time (s) each input of the corpus takes, as JSON."""
     found = {case.name: _measured(case.data, MAX_PIXELS) for case in CORPUS}
-    large = next(case for case in CORPUS if case.name == "jpeg of 12000 x 12000")
+    large = next(case for case in CORPUS if case.name == "jpeg of 9000 x 9000")
     print(json.dumps({**found, "control": _measured(large.data, 200_000_000)}))
 
 
