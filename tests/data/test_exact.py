@@ -29,7 +29,7 @@ from clip_ray.images import ImageError
 
 SIDE = 4
 EXAMPLES = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 Tensors = dict[str, torch.Tensor | np.ndarray]
 
@@ -237,7 +237,7 @@ def test_killed_and_resized_again_and_again_is_never_having_stopped(
 ) -> None:
     """Each attempt runs some steps on its own world size, and loses what came after a commit."""
     serve(world)
-    last = steps_of(world, 24)
+    last = steps_of(world, 16)
     never_stopped = list(whole_batches(world, 1, 0, last))
     lineage: list[Tensors] = []
     for number, (world_size, steps) in enumerate([*attempts, (3, last)]):
