@@ -22,6 +22,7 @@ from clip_ray.data.blocks import BlockReader, Layout
 from clip_ray.data.captions import training_captions
 from clip_ray.data.manifest import Manifest
 from clip_ray.data.plan import Plan, default_sizes
+from clip_ray.data.prepare import sparse_sources
 from clip_ray.errors import CheckpointError, ConfigError
 from clip_ray.storage import Store, open_store, split_uri
 from clip_ray.tokenizer import Tokenizer
@@ -151,6 +152,8 @@ def prepare(
     if manifest is None:
         manifest = build_manifest()
         write_manifest(store, manifest, config)
+    for line in sparse_sources(manifest):
+        say(f"warning: {line}")
     if store.exists("tokenizer.json"):
         tokenizer = Tokenizer.load(store.read("tokenizer.json"))
     else:

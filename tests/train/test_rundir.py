@@ -295,3 +295,15 @@ def test_a_run_that_outlasts_its_sources_is_refused_with_the_arithmetic(tmp_path
     assert build_plan(whole, endless).steps is None
     with pytest.raises(ValueError, match="max_passes 2 of .*: sources without weights are one"):
         config({"data.sources": [{"path": str(paths[0]), "max_passes": 2}]})
+
+
+def test_a_sparse_selection_is_said_at_each_start(store: Store, tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", pairs(40))
+    (tmp_path / "keys").write_text("\n".join(f"{i:05d}" for i in range(10)))
+    source = {"path": str(path), "select": str(tmp_path / "keys")}
+    made = config({"data.sources": [source], "data.holdout": 0.0})
+    said: list[str] = []
+    for _ in range(2):
+        prepare(store, made, lambda: build_manifest(made.data), said.append)
+    assert len(said) == 2 and said[0] == said[1]
+    assert said[0].startswith("warning: data.sources[0]") and "leave 10 of 40 samples" in said[0]
