@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import simplejpeg
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.nn import functional as F
 
 from clip_ray import images
@@ -220,6 +220,39 @@ def test_any_damage_of_a_jpeg_is_an_image_error_or_a_picture() -> None:
 def test_preprocessing_names_what_eval_crop_does() -> None:
     described = images.preprocessing(224)
     assert described["size"] == 224 and len(described["mean"]) == len(described["std"]) == 3
+    assert images.preprocessing(224, True) == {**described, "exif_orientation": True}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("number", range(1, 9))
+def test_pictures_are_turned_as_exif_says_where_that_is_asked_for(kind: str, number: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = number
+    options = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}, "PNG": {}}[kind]
+    data = saved(Image.fromarray(picture(30, 50)), kind, exif=exif, **options)
+    assert images.orientation(data) == number
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+    turned = images.decode(data, LIMIT, exif_orientation=True)
+    assert turned.shape == upright.shape == ((30, 50, 3) if number < 5 else (50, 30, 3))
+    assert psnr(turned, upright) > 40 and turned.flags.c_contiguous
+    assert images.decode(data, LIMIT).shape == (30, 50, 3)
+
+
+def test_an_orientation_that_is_none_turns_nothing() -> None:
+    plain = jpeg(picture(30, 50))
+    assert images.orientation(plain) == 1 and images.with_orientation(plain, 1) is plain
+    six = images.with_orientation(plain, 6)
+    assert images.orientation(six) == 6
+    assert (images.decode(six, LIMIT) == images.decode(plain, LIMIT)).all()
+    rng = np.random.default_rng(0)
+    at = six.index(b"Exif")
+    for _ in range(500):
+        bad = bytearray(six)
+        for place in rng.integers(at + 6, at + 32, 3):
+            bad[place] = rng.integers(0, 256)
+        number = images.orientation(bytes(bad))
+        turned = images.decode(bytes(bad), LIMIT, exif_orientation=True)
+        assert turned.shape == ((30, 50, 3) if number < 5 else (50, 30, 3))
 
 
 CORPUS = corpus()

@@ -138,6 +138,10 @@ class DataConfig(Section):
         None, description="K: steps over which a slot is dealt; none = 8, less for small sets"
     )
     max_pixels: PositiveInt = Field(64_000_000, description="pixels above which an image is void")
+    exif_orientation: bool = Field(
+        False,
+        description="turn pictures as their EXIF data say, in training and in the model's use",
+    )
     crop_margin: float = Field(
         0.0, ge=0, description="the resized shorter side, over the crop's side, less 1"
     )

@@ -216,7 +216,7 @@ class BlockReader:
         if isinstance(sample, BadSample):
             return sample
         try:
-            return decode(sample.image, self.config.max_pixels)
+            return decode(sample.image, self.config.max_pixels, self.config.exif_orientation)
         except ImageError as error:
             return BadSample(sample.key, error.reason)
 

@@ -29,7 +29,15 @@ from clip_ray.data.manifest import Manifest, build_manifest
 from clip_ray.data.samples import IMAGE_SUFFIXES, Sample, caption_of
 from clip_ray.data.shards import BadSample, read_ordinals
 from clip_ray.errors import DataError
-from clip_ray.images import MIN_SIDE, ImageError, decode, measure, shrink
+from clip_ray.images import (
+    MIN_SIDE,
+    ImageError,
+    decode,
+    measure,
+    orientation,
+    shrink,
+    with_orientation,
+)
 from clip_ray.storage import Store, open_store, split_uri
 
 FORMAT = 1
@@ -361,7 +369,8 @@ def _fitted(data: bytes, options: PrepareOptions) -> bytes | str:
     small = shrink(pixels, options.longest_side)
     if min(small.shape[:2]) < MIN_SIDE:
         return "too-small"
-    return simplejpeg.encode_jpeg(small, quality=_QUALITY, colorsubsampling="420")
+    packed = simplejpeg.encode_jpeg(small, quality=_QUALITY, colorsubsampling="420")
+    return with_orientation(packed, orientation(data))
 
 
 def _samples(

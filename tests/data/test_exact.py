@@ -44,7 +44,7 @@ class MadeTokenizer:
         return np.stack(rows).astype(np.int32), np.array([len(c) > 16 for c in captions])
 
 
-def made_image(data: bytes, max_pixels: int) -> np.ndarray:
+def made_image(data: bytes, max_pixels: int, exif_orientation: bool) -> np.ndarray:
     """A picture that its bytes decide; its sides differ, so that the crop's place matters."""
     if data == b"bad":
         raise ImageError("corrupt")

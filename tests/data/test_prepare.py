@@ -15,7 +15,7 @@ from clip_ray.data.manifest import build_manifest
 from clip_ray.data.prepare import Prepared, PrepareOptions, prepare, rewrite, sparse_sources
 from clip_ray.data.shards import Sample, read_ordinals
 from clip_ray.errors import DataError
-from clip_ray.images import decode
+from clip_ray.images import decode, with_orientation
 from clip_ray.storage import LocalStore, open_store
 from tests.data.shard_files import images, jpeg, pairs, write_parquet, write_tar
 
@@ -115,6 +115,17 @@ def test_larger_images_are_shrunk_and_smaller_ones_kept(tmp_path: Path) -> None:
     assert decode(found["big"], 10**6).shape == (150, 100, 3)
     assert abs(int(decode(found["big"], 10**6).mean()) - 90) <= 1
     assert found["small"] == jpeg(1)
+
+
+def test_a_shrunk_picture_keeps_its_orientation(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    plain = simplejpeg.encode_jpeg(np.full((300, 200, 3), 90, np.uint8))
+    (tmp_path / "in" / "a.jpg").write_bytes(with_orientation(plain, 6))
+    (tmp_path / "in" / "a.txt").write_text("a")
+    prepare(tmp_path / "in", tmp_path / "out", PrepareOptions(longest_side=150))
+    (sample,) = read_back(tmp_path / "out")
+    assert decode(sample.image, 10**6).shape == (150, 100, 3)
+    assert decode(sample.image, 10**6, exif_orientation=True).shape == (100, 150, 3)
 
 
 def test_an_image_that_shrinking_leaves_too_small_is_not_written(tmp_path: Path) -> None:
