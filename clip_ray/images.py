@@ -86,7 +86,7 @@ def orientation(data: bytes) -> int:
             found = image.getexif().get(_ORIENTATION)
     except Exception:  # a parser fed with hostile bytes raises anything; the picture is whole
         return 1
-    return found if found in range(1, 9) else 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
 def turn(pixels: Pixels, orientation: int) -> Pixels:

@@ -29,7 +29,9 @@ from clip_ray.images import ImageError
 
 SIDE = 4
 EXAMPLES = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 Tensors = dict[str, torch.Tensor | np.ndarray]
 
