@@ -221,13 +221,14 @@ def test_several_captions_of_a_row_are_kept(tmp_path: Path) -> None:
 
 
 def selection_of(path: Path) -> SourceConfig:
-    """Two tars of 40 samples with the same keys, of which 7 are selected; some cannot be used."""
+    """Tars of 40 and 41 samples with the same keys, 7 selected; some of them cannot be used."""
     (path / "in").mkdir(parents=True)
-    members = pairs(40)
-    members[2 * 5] = ("00005.jpg", b"<html>")
-    members[2 * 6 + 1] = ("00006.json", b'{"caption": ["a", "b"]}')
-    del members[2 * 30 + 1]  # a caption
-    for name in "ab":
+    for name, count in (("a", 40), ("b", 41)):
+        members = pairs(count)
+        members[2 * 5] = ("00005.jpg", b"<html>")
+        members[2 * 6 + 1] = ("00006.json", b'{"caption": ["a", "b"]}')
+        members[2 * 9 + 1] = ("00009.txt", f"9 of {name}".encode())
+        del members[2 * 30 + 1]  # a caption
         write_tar(path / "in" / f"{name}.tar", members)
     chosen = ["00005", "00006", "00009", "00012", "00030", "00033", "00039", "no-such-key"]
     (path / "keys.txt").write_text("\n".join(chosen))
@@ -242,11 +243,11 @@ def rewritten(source: SourceConfig, out: Path) -> Prepared:
 
 def test_shards_are_rewritten_with_a_selection(tmp_path: Path) -> None:
     done = rewritten(selection_of(tmp_path), tmp_path / "out")
-    assert done.skipped == {"missing-caption": 2, "not-an-image": 2, "not-selected": 68}
-    assert (done.rows, done.written) == (80, 8) and done.rows == done.written + done.skipped.total()
+    assert done.skipped == {"missing-caption": 2, "not-an-image": 2, "not-selected": 69}
+    assert (done.rows, done.written) == (81, 8) and done.rows == done.written + done.skipped.total()
     samples = read_back(tmp_path / "out")
     assert [s.key for s in samples] == 2 * ["00006", "00009", "00033", "00039"]
-    assert [(s.caption, s.others) for s in samples[:2]] == [("a", ("b",)), ("caption 9", ())]
+    assert [(s.caption, s.others) for s in samples[:2]] == [("a", ("b",)), ("9 of a", ())]
     assert [s.image for s in samples] == 2 * [jpeg(i) for i in (6, 9, 33, 39)]
     # Three at most, and none with a key that it has.
     assert [s["samples"] for s in done.shards] == [3, 3, 2]
@@ -255,10 +256,10 @@ def test_shards_are_rewritten_with_a_selection(tmp_path: Path) -> None:
 
 def test_shards_with_the_same_keys_are_not_mixed_into_one(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    for name in "ab":
-        write_tar(tmp_path / "in" / f"{name}.tar", pairs(4))
+    for name, count in (("a", 4), ("b", 5)):
+        write_tar(tmp_path / "in" / f"{name}.tar", pairs(count))
     done = rewrite(SourceConfig(path=str(tmp_path / "in")), None, tmp_path / "out")
-    assert [s["samples"] for s in done.shards] == [4, 4] and done.skipped == {}
+    assert [s["samples"] for s in done.shards] == [4, 5] and done.skipped == {}
 
 
 def test_an_interrupted_rewriting_goes_on_with_the_same_bytes(
@@ -309,8 +310,8 @@ def test_a_source_of_which_less_than_half_is_taken_is_worth_rewriting(tmp_path: 
     source = selection_of(tmp_path)
     data = DataConfig(sources=(source,), holdout=0.5)
     (line,) = sparse_sources(build_manifest(data))
-    assert f"data.sources[0] {source.path}: select and exclude leave 12 of 78 samples" in line
-    assert "6.5 times their bytes" in line and "jobs/prepare.py --shards" in line
+    assert f"data.sources[0] {source.path}: select and exclude leave 12 of 79 samples" in line
+    assert "6.6 times their bytes" in line and "jobs/prepare.py --shards" in line
     # What is held out for evaluation is no reason: it is not chosen by a list.
     whole = DataConfig(sources=(SourceConfig(path=source.path),), holdout=0.6)
     assert sparse_sources(build_manifest(whole)) == []
