@@ -238,6 +238,7 @@ def test_pictures_are_turned_as_exif_says_where_that_is_asked_for(kind: str, num
     assert images.decode(data, LIMIT).shape == (30, 50, 3)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_an_orientation_that_is_none_turns_nothing() -> None:
     plain = jpeg(picture(30, 50))
     assert images.orientation(plain) == 1 and images.with_orientation(plain, 1) is plain
