@@ -94,7 +94,8 @@ class Encoder:
         Raises:
             ImageError: the file is no usable image.
         """
-        return eval_crop(decode(image, self.max_pixels), self.image_size)
+        pixels = decode(image, self.max_pixels, self.info.exif_orientation)
+        return eval_crop(pixels, self.image_size)
 
     def encode_pixels(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return image features of preprocessed pixels.

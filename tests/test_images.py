@@ -1,17 +1,29 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import pickle
+import resource
+import signal
 import struct
+import subprocess
+import sys
+import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import simplejpeg
-from PIL import Image
+import torch
+from PIL import Image, ImageOps
+from torch.nn import functional as F
 
 from clip_ray import images
 from clip_ray.images import ImageError
+from tests.corpus import MAX_PIXELS, Case, corpus
+from tests.pictures import photo
 
 LIMIT = 1_000_000
 
@@ -208,3 +220,126 @@ def test_any_damage_of_a_jpeg_is_an_image_error_or_a_picture() -> None:
 def test_preprocessing_names_what_eval_crop_does() -> None:
     described = images.preprocessing(224)
     assert described["size"] == 224 and len(described["mean"]) == len(described["std"]) == 3
+    assert images.preprocessing(224, True) == {**described, "exif_orientation": True}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("number", range(1, 9))
+def test_pictures_are_turned_as_exif_says_where_that_is_asked_for(kind: str, number: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = number
+    options = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}, "PNG": {}}[kind]
+    data = saved(Image.fromarray(picture(30, 50)), kind, exif=exif, **options)
+    assert images.orientation(data) == number
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+    turned = images.decode(data, LIMIT, exif_orientation=True)
+    assert turned.shape == upright.shape == ((30, 50, 3) if number < 5 else (50, 30, 3))
+    assert psnr(turned, upright) > 40 and turned.flags.c_contiguous
+    assert images.decode(data, LIMIT).shape == (30, 50, 3)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_orientation_that_is_none_turns_nothing() -> None:
+    plain = jpeg(picture(30, 50))
+    assert images.orientation(plain) == 1 and images.with_orientation(plain, 1) is plain
+    six = images.with_orientation(plain, 6)
+    assert images.orientation(six) == 6
+    assert (images.decode(six, LIMIT) == images.decode(plain, LIMIT)).all()
+    rng = np.random.default_rng(0)
+    at = six.index(b"Exif")
+    for _ in range(500):
+        bad = bytearray(six)
+        for place in rng.integers(at + 6, at + 32, 3):
+            bad[place] = rng.integers(0, 256)
+        number = images.orientation(bytes(bad))
+        turned = images.decode(bytes(bad), LIMIT, exif_orientation=True)
+        assert turned.shape == ((30, 50, 3) if number < 5 else (50, 30, 3))
+
+
+CORPUS = corpus()
+
+
+@pytest.mark.parametrize("case", CORPUS, ids=[case.name for case in CORPUS])
+def test_what_the_web_holds_is_a_picture_or_a_typed_error(case: Case) -> None:
+    if case.colours is None:
+        assert reason(case.data, MAX_PIXELS) in case.reasons
+        return
+    pixels = images.decode(case.data, MAX_PIXELS)
+    height, width = pixels.shape[:2]
+    assert pixels.dtype == np.uint8 and pixels.shape == (height, width, 3)
+    for number, colour in enumerate(case.colours):
+        row, column = divmod(number, 2)
+        found = pixels[height // 4 + row * height // 2, width // 4 + column * width // 2]
+        assert np.abs(found.astype(int) - colour).max() <= 8, (number, found, colour)
+
+
+def test_the_corpus_is_decoded_within_bounds_of_memory_and_time() -> None:
+    """Each input in a forked process: 100 MB above what the process had, and 5 seconds.
+
+    Of 4 million pixels, three copies of four bytes are 48 MB. The control: a picture of 9000 x
+    9000 with the limit of the pixels lifted goes far beyond.
+    """
+    root = Path(__file__).parents[1]
+    child = subprocess.run(
+        [sys.executable, "-c", "from tests.test_images import measure_corpus; measure_corpus()"],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    grown: dict[str, list[float]] = json.loads(child.stdout)
+    control = grown.pop("control")
+    assert len(grown) == len(CORPUS) >= 40
+    assert control[0] > 200
+    for name, (megabytes, seconds) in grown.items():
+        assert megabytes < 100 and seconds < 5, name
+
+
+def measure_corpus() -> None:
+    """Print how much memory (MB) and time (s) each input of the corpus takes, as JSON."""
+    found = {case.name: _measured(case.data, MAX_PIXELS) for case in CORPUS}
+    large = next(case for case in CORPUS if case.name == "jpeg of 9000 x 9000")
+    print(json.dumps({**found, "control": _measured(large.data, 200_000_000)}))
+
+
+def _measured(data: bytes, limit: int) -> tuple[float, float]:
+    read, write = os.pipe()
+    if (pid := os.fork()) == 0:
+        signal.alarm(20)
+        before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+        try:
+            images.decode(data, limit)
+        except ImageError:
+            pass
+        seconds = time.monotonic() - begun
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        os.write(write, json.dumps((grown / 1024, seconds)).encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as file:
+        text = file.read()
+    assert os.waitpid(pid, 0)[1] == 0, "the decoder died"
+    megabytes, seconds = json.loads(text)
+    return megabytes, seconds
+
+
+@pytest.mark.parametrize("side", [256, 768])
+def test_the_resize_is_pillows_bicubic(side: int) -> None:
+    """Median PSNR over photograph-like pictures; the control is a resize without antialiasing."""
+    found, control = [], []
+    for seed in range(9):
+        pixels = images.decode(photo(seed, side), LIMIT * 4)
+        crop = images.train_crop(pixels, 224, np.random.default_rng(seed))
+        height, width = pixels.shape[:2]
+        rng = np.random.default_rng(seed)
+        top, left = (int(rng.integers(0, s - side + 1)) for s in (height, width))
+        square = Image.fromarray(pixels).crop((left, top, left + side, top + side))
+        expected = np.asarray(square.resize((224, 224), Image.Resampling.BICUBIC))
+        found.append(psnr(crop, expected.transpose(2, 0, 1)))
+        plain = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None].float()
+        rough = F.interpolate(plain, (224, 224), mode="bicubic")[0].clamp(0, 255).round()
+        control.append(psnr(rough.numpy(), expected.transpose(2, 0, 1)))
+    print(f"{side} px: median PSNR {np.median(found):.1f} dB, unfiltered {np.median(control):.1f}")
+    assert np.median(found) >= 60 > np.median(control) + 15

@@ -9,7 +9,7 @@ from PIL import Image
 
 from clip_ray.config import ModelConfig, TextConfig, VisionConfig
 from clip_ray.errors import ConfigError
-from clip_ray.images import ImageError
+from clip_ray.images import ImageError, decode, eval_crop, with_orientation
 from clip_ray.inference import Encoder, choose_device
 from clip_ray.model import build
 from clip_ray.registry import ExportInfo, write_export
@@ -83,6 +83,17 @@ def test_load(tmp_path, encoder, tokenizer):
     assert (loaded.digest, loaded.run_id, loaded.version) == (digest, "r", None)
     assert np.array_equal(loaded.encode_images([picture(0)]), encoder.encode_images([picture(0)]))
     assert np.array_equal(loaded.encode_texts(["a cat"]), encoder.encode_texts(["a cat"]))
+
+
+def test_a_model_that_saw_pictures_turned_sees_them_turned_everywhere(tmp_path, encoder, tokenizer):
+    lies = with_orientation(picture(0, "JPEG"), 6)
+    for name, turned in (("plain", False), ("turned", True)):
+        store = open_store(tmp_path / name)
+        write_export(store, encoder.model, tokenizer, {}, exif_orientation=turned)
+        loaded = Encoder.load(tmp_path / name, device="cpu")
+        expected = eval_crop(decode(lies, 10**6, turned), 32)
+        assert np.array_equal(loaded.preprocess(lies), expected)
+    assert not np.array_equal(expected, encoder.preprocess(lies))
 
 
 def test_devices():

@@ -103,6 +103,9 @@ class SourceConfig(Section):
     weight: float | None = Field(
         None, gt=0, description="share of the samples, relative; none on all = by size"
     )
+    max_passes: PositiveInt | None = Field(
+        None, description="passes after which others take a weighted source's share; none = no end"
+    )
     image: str | None = Field(
         None, description="tar suffix or Parquet column of the image; none = the usual names"
     )
@@ -135,8 +138,15 @@ class DataConfig(Section):
         None, description="K: steps over which a slot is dealt; none = 8, less for small sets"
     )
     max_pixels: PositiveInt = Field(64_000_000, description="pixels above which an image is void")
+    exif_orientation: bool = Field(
+        False,
+        description="turn pictures as their EXIF data say, in training and in the model's use",
+    )
     crop_margin: float = Field(
         0.0, ge=0, description="the resized shorter side, over the crop's side, less 1"
+    )
+    caption_choice: Literal["first", "random"] = Field(
+        "first", description="which of an image's captions: first, or random (drawn by position)"
     )
     templates: tuple[str, ...] = Field(
         (), description="captions are put into one of these, drawn by position; {c} is the caption"
@@ -157,6 +167,12 @@ class DataConfig(Section):
             raise ValueError(
                 f"give every source a weight, or none; without one: {', '.join(without)}"
             )
+        for source in self.sources:
+            if source.weight is None and source.max_passes is not None:
+                raise ValueError(
+                    f"max_passes {source.max_passes} of {source.path}: sources without weights are "
+                    "one pool; give every source a weight, or bound the run with train.passes"
+                )
         return self
 
 

@@ -190,7 +190,7 @@ class BlockReader:
                     )
                     continue
                 assert isinstance(sample, Sample)
-                # By position: the same crop and template whoever reads the block, and how often.
+                # By position: the same crop and caption whoever reads the block, and how often.
                 rng = np.random.Generator(
                     np.random.Philox(key=[self.plan.seed, int(position[row])])
                 )
@@ -205,16 +205,18 @@ class BlockReader:
             block["ids"][captioned], block["truncated"][captioned] = self.tokenizer(captions)
 
     def _caption(self, sample: Sample, rng: np.random.Generator) -> str:
-        templates = self.config.templates
+        caption, templates = sample.caption, self.config.templates
+        if self.config.caption_choice == "random" and sample.others:
+            caption = (caption, *sample.others)[int(rng.integers(1 + len(sample.others)))]
         if not templates:
-            return sample.caption
-        return templates[int(rng.integers(len(templates)))].replace("{c}", sample.caption)
+            return caption
+        return templates[int(rng.integers(len(templates)))].replace("{c}", caption)
 
     def _decode(self, sample: Sample | BadSample) -> NDArray[np.uint8] | BadSample:
         if isinstance(sample, BadSample):
             return sample
         try:
-            return decode(sample.image, self.config.max_pixels)
+            return decode(sample.image, self.config.max_pixels, self.config.exif_orientation)
         except ImageError as error:
             return BadSample(sample.key, error.reason)
 

@@ -14,7 +14,10 @@ _CHUNK = 1024  # samples in memory at a time: their images are read along
 
 
 def training_captions(manifest: Manifest, data: DataConfig, limit: int) -> Iterator[str]:
-    """Yield the captions of at most `limit` training samples, spread evenly over the shards."""
+    """Yield the captions of at most `limit` training samples, spread evenly over the shards.
+
+    All that a sample may be trained with: its first one, or with `caption_choice: random` each.
+    """
     share = min(1.0, limit / max(manifest.total, 1))
     for index in range(len(manifest)):
         shard = manifest.shard(index)
@@ -23,4 +26,8 @@ def training_captions(manifest: Manifest, data: DataConfig, limit: int) -> Itera
             places = np.arange(start, min(start + _CHUNK, count))
             ordinals = manifest.train_ordinals(index, places)
             samples = read_ordinals(shard, data.sources[shard.source], data.s3, ordinals)
-            yield from (s.caption for s in samples if isinstance(s, Sample))
+            for sample in samples:
+                if isinstance(sample, Sample):
+                    yield sample.caption
+                    if data.caption_choice == "random":
+                        yield from sample.others

@@ -253,8 +253,11 @@ def _keys(table: pa.Table, columns: Columns, path: str, rows: Ints) -> list[str]
     stem = split_uri(path)[1].rpartition(".")[0]
     if columns.key is None:
         return [f"{stem}/{row}" for row in rows.tolist()]
-    keys = table[columns.key].to_pylist()
     return [
-        f"{stem}/{row}" if key is None else str(key)
-        for key, row in zip(keys, rows.tolist(), strict=True)
+        f"{stem}/{row}"
+        if key is None
+        else key.decode(errors="backslashreplace")
+        if isinstance(key, bytes)
+        else str(key)
+        for key, row in zip(_values(table, columns.key), rows.tolist(), strict=True)
     ]

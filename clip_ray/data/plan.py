@@ -10,7 +10,9 @@ How a step comes about:
    over a component cuts its samples into slots of exactly R: runs of R neighbours in one shard,
    plus the shards' remainders, which are chained through all passes and cut into slots of R.
 2. The slots of a pass come in keyed order (a Feistel permutation: no table, any size).
-3. Components are interleaved slot by slot in a fixed cycle, in proportion to their weights.
+3. Components are interleaved slot by slot in a fixed cycle, in proportion to their weights. A
+   source with `max_passes` is *spent* after so many passes (whole slots of them: fewer than R of
+   its samples are seen once less); from there on a cycle of the others follows.
 4. A *window* is K·G/R consecutive slots. Each slot gives R/K of its samples, in keyed order, to
    each of the window's K steps, so that neighbours in a shard do not meet in one batch.
 
@@ -104,10 +106,12 @@ class Rows:
 
 
 class _Component:
-    """The endless sequence of slots over one pool of shards."""
+    """The sequence of slots over one pool of shards; endless without `max_passes`."""
 
-    def __init__(self, shards: Ints, counts: Ints, slot: int, key: np.uint64) -> None:
-        self.shards, self.slot, self.key = shards, slot, key
+    def __init__(
+        self, shards: Ints, counts: Ints, slot: int, key: np.uint64, max_passes: int | None
+    ) -> None:
+        self.shards, self.slot, self.key, self.max_passes = shards, slot, key, max_passes
         self.size = int(counts.sum())
         full = counts // slot
         if 0 < self.size - int(full.sum()) * slot < slot and full.any():
@@ -122,9 +126,18 @@ class _Component:
         self.n_full = int(self.full_ends[-1])
         self.n_loose = int(self.loose_ends[-1])
 
+    @property
+    def capacity(self) -> int | None:
+        """Number of slots; None = endless."""
+        if self.max_passes is None:
+            return None
+        return self.max_passes * self.n_full + self.max_passes * self.n_loose // self.slot
+
     def _slots_before(self, turn: Ints) -> Ints:
         # Slots of loose samples belong to the pass in which they begin.
-        return turn * self.n_full + -(-(turn * self.n_loose) // self.slot)
+        slots = turn * self.n_full + -(-(turn * self.n_loose) // self.slot)
+        # One that would go on beyond the last pass is none.
+        return slots if self.capacity is None else np.minimum(slots, self.capacity)
 
     def slots(self, number: Ints) -> Rows:
         """Return the samples of slots `number` (n,), as arrays of shape (n, R)."""
@@ -156,6 +169,58 @@ class _Component:
         return Rows(shard, place, turns)
 
 
+@dataclass(frozen=True)
+class _Mix:
+    """A cycle of components, from one global slot to where the next source is spent.
+
+    Attributes:
+        start: number of its first slot.
+        cycle: component of each slot of a cycle.
+        before: (cycle, components) tickets of each component before each slot of a cycle.
+        tickets: (components,) slots of a cycle that each component gets.
+        used: (components,) slots of each component before `start`.
+    """
+
+    start: int
+    cycle: Ints
+    before: Ints
+    tickets: Ints
+    used: Ints
+
+    def dealt(self, slots: int) -> Ints:
+        """Return how many slots each component has given after `slots` slots of this mix."""
+        cycles, phase = divmod(slots, len(self.cycle))
+        return self.used + cycles * self.tickets + self.before[phase]
+
+    def slots_until(self, component: int, number: int) -> int:
+        """Return the slots of this mix before the one that is a component's slot `number`."""
+        cycles, rest = divmod(number - int(self.used[component]), int(self.tickets[component]))
+        phase = int(np.flatnonzero(self.cycle == component)[rest])
+        return cycles * len(self.cycle) + phase
+
+
+def _mixes(
+    weights: tuple[float, ...], capacities: list[int | None]
+) -> tuple[list[_Mix], int | None]:
+    """Return the mixes in their order, and the number of slots until all sources are spent."""
+    used, start = np.zeros(len(weights), np.int64), 0
+    mixes = []
+    alive = list(range(len(weights)))
+    while alive:
+        cycle = np.array(alive)[_interleave(tuple(weights[index] for index in alive))]
+        given = np.eye(len(weights), dtype=np.int64)[cycle]
+        mix = _Mix(start, cycle, np.cumsum(given, axis=0) - given, given.sum(axis=0), used)
+        mixes.append(mix)
+        capped = [(index, size) for index in alive if (size := capacities[index]) is not None]
+        if not capped:
+            return mixes, None
+        length = min(mix.slots_until(index, size) for index, size in capped)
+        used, start = mix.dealt(length), start + length
+        spent = {index for index, size in capped if used[index] == size}
+        alive = [index for index in alive if index not in spent]
+    return mixes, start
+
+
 class Plan:
     """Which samples each step sees; see the module's docstring.
 
@@ -163,11 +228,15 @@ class Plan:
         counts: (n_shards,) training samples of each shard.
         sources: (n_shards,) index of each shard's source.
         weights: one positive number a source, or none to pool all shards.
+        max_passes: with weights, the passes after which each source is spent; None = never.
         seed: the run's seed.
         global_batch: G, samples of a step.
         slot: R, samples of a slot; a multiple of `window`.
         window: K, steps of a window; R divides K·G.
         manifest_digest: enters the plan's own digest.
+
+    Attributes:
+        steps: steps until all sources are spent, whole windows of them; None = endless.
 
     Raises:
         ConfigError: the sizes do not fit each other or the data.
@@ -184,6 +253,7 @@ class Plan:
         slot: int,
         window: int,
         manifest_digest: str = "",
+        max_passes: tuple[int | None, ...] | None = None,
     ) -> None:
         counts, sources = np.asarray(counts, np.int64), np.asarray(sources, np.int64)
         _check_sizes(counts, sources, weights, global_batch, slot, window)
@@ -192,14 +262,15 @@ class Plan:
         pools = [np.arange(len(counts))]
         if weights is not None:
             pools = [np.flatnonzero(sources == s) for s in range(len(weights))]
+        caps = max_passes or (None,) * len(pools)
         self._components = [
-            _Component(pool, counts[pool], slot, key_of(seed, 1, number))
-            for number, pool in enumerate(pools)
+            _Component(pool, counts[pool], slot, key_of(seed, 1, number), cap)
+            for number, (pool, cap) in enumerate(zip(pools, caps, strict=True))
         ]
-        self._cycle = _interleave(weights or (1.0,))
-        tickets = np.eye(len(pools), dtype=np.int64)[self._cycle]
-        self._tickets_before = np.cumsum(tickets, axis=0) - tickets
-        self._tickets = tickets.sum(axis=0)
+        self._mixes, slots = _mixes(
+            weights or (1.0,), [component.capacity for component in self._components]
+        )
+        self.steps = None if slots is None else slots // self.slots_per_window * window
         self._slot_key = key_of(seed, 2)
         self.samples_per_pass = int(counts.sum())
         identity = {
@@ -211,6 +282,8 @@ class Plan:
             "slot": slot,
             "window": window,
         }
+        if any(cap is not None for cap in caps):
+            identity["max_passes"] = caps
         self.digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     def window_rows(self, number: int, first_slot: int = 0, last_slot: int | None = None) -> Rows:
@@ -219,11 +292,10 @@ class Plan:
         Columns `[k·R/K, (k+1)·R/K)` belong to the window's step k; only the slots
         `[first_slot, last_slot)` of the window are computed.
         """
+        assert self.steps is None or number * self.window < self.steps, "all sources are spent"
         last_slot = self.slots_per_window if last_slot is None else last_slot
         slots = number * self.slots_per_window + np.arange(first_slot, last_slot, dtype=np.int64)
-        cycle, phase = slots // len(self._cycle), slots % len(self._cycle)
-        component = self._cycle[phase]
-        own = cycle * self._tickets[component] + self._tickets_before[phase, component]
+        component, own = self._owners(slots)
         shape = (len(slots), self.slot)
         shard, place, turn = (np.empty(shape, np.int64) for _ in range(3))
         for index, pool in enumerate(self._components):
@@ -237,6 +309,17 @@ class Plan:
         )
         order = np.argsort(noise, axis=1, kind="stable")
         return Rows(*(np.take_along_axis(a, order, axis=1) for a in (shard, place, turn)))
+
+    def _owners(self, slots: Ints) -> tuple[Ints, Ints]:
+        """Return each slot's component, and its number among that component's slots."""
+        component, own = np.empty_like(slots), np.empty_like(slots)
+        mix_of = np.searchsorted([mix.start for mix in self._mixes], slots, side="right") - 1
+        for number in np.unique(mix_of).tolist():
+            mix, mine = self._mixes[number], mix_of == number
+            cycles, phase = np.divmod(slots[mine] - mix.start, len(mix.cycle))
+            component[mine] = who = mix.cycle[phase]
+            own[mine] = mix.used[who] + cycles * mix.tickets[who] + mix.before[phase, who]
+        return component, own
 
     def step_rows(self, step: int) -> Rows:
         """Return the G samples of a step (counted from 0), in the step's own order."""

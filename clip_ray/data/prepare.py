@@ -1,4 +1,4 @@
-"""Make shards from pictures that lie in a folder, or that a table names.
+"""Make shards from pictures that lie in a folder, that a table names, or that lie in other shards.
 
 The rows are listed in one fixed order, and shards are cut from it one by one, so that an
 interrupted run goes on at the first unfinished shard and ends with the same bytes. Every row is
@@ -19,14 +19,25 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import simplejpeg
 
-from clip_ray.config.schema import S3Options
-from clip_ray.data.samples import IMAGE_SUFFIXES, caption_of
+from clip_ray.config.schema import DataConfig, S3Options, SourceConfig
+from clip_ray.data.manifest import Manifest, build_manifest
+from clip_ray.data.samples import IMAGE_SUFFIXES, Sample, caption_of
+from clip_ray.data.shards import BadSample, read_ordinals
 from clip_ray.errors import DataError
-from clip_ray.images import ImageError, decode, measure, shrink
+from clip_ray.images import (
+    MIN_SIDE,
+    ImageError,
+    decode,
+    measure,
+    orientation,
+    shrink,
+    with_orientation,
+)
 from clip_ray.storage import Store, open_store, split_uri
 
 FORMAT = 1
@@ -72,7 +83,7 @@ class Row:
     """One picture to pack: `caption` or, where it is a file of its own, `caption_path`."""
 
     path: str
-    caption: str | None = None
+    caption: str | list[Any] | None = None
     caption_path: str | None = None
     reason: str = ""
 
@@ -103,17 +114,42 @@ class Prepared:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class _Packed:
+    """A sample on its way into a shard; `key` names it there, none = its row's number."""
+
+    image: bytes
+    captions: tuple[str, ...]
+    origin: dict[str, str]
+    key: str | None = None
+
+
+# From a row on: where each row comes from, and its sample or the reason why it has none.
+_Walk = Callable[[int], Iterator[tuple[str, _Packed | str]]]
+
+
 @dataclass
 class _Tar:
     """A shard in the making."""
 
     file: io.BytesIO = field(default_factory=io.BytesIO)
-    samples: int = 0
+    keys: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.tar = tarfile.open(fileobj=self.file, mode="w", format=tarfile.USTAR_FORMAT)
+        # Plain headers, but where a name needs more than they hold.
+        self.tar = tarfile.open(fileobj=self.file, mode="w", format=tarfile.PAX_FORMAT)
 
-    def add(self, name: str, data: bytes) -> None:
+    def add(self, key: str, sample: _Packed) -> None:
+        self.keys.add(key)
+        self._member(f"{key}.{_suffix_of(sample.image)}", sample.image)
+        if len(sample.captions) == 1:
+            self._member(f"{key}.txt", sample.captions[0].encode())
+            record: dict[str, Any] = dict(sample.origin)
+        else:  # a .txt would be taken for the only one
+            record = {"caption": sample.captions, **sample.origin}
+        self._member(f"{key}.json", json.dumps(record).encode())
+
+    def _member(self, name: str, data: bytes) -> None:
         member = tarfile.TarInfo(name)  # time 0: the same rows make the same bytes
         member.size = len(data)
         self.tar.addfile(member, io.BytesIO(data))
@@ -134,7 +170,7 @@ def prepare(
 
     Args:
         source: a folder, or a .csv, .tsv, .jsonl or .parquet table of paths (absolute, s3://, or
-            relative to the table) and captions; local or on s3://.
+            relative to the table) and captions (one or, in .jsonl, a list); local or on s3://.
         out: directory of the shards, local or on s3://; finished shards there are kept.
         options: sizes and names.
         s3: access to both.
@@ -146,60 +182,144 @@ def prepare(
     options = options or PrepareOptions()
     source = os.fspath(source)
     rows = list_rows(source, options, s3)
-    store = open_store(out, s3)
-    fingerprint = _fingerprint(rows, options)
-    done = _resume(store, fingerprint)
-    done.rows = len(rows)
+    with ThreadPoolExecutor(_READERS) as pool:
+        return _pack(
+            source,
+            lambda first: _loaded(rows, first, options, s3, pool),
+            Prepared(rows=len(rows)),
+            len(rows),
+            open_store(out, s3),
+            _fingerprint(rows, options),
+            options,
+            progress,
+        )
+
+
+def rewrite(
+    source: SourceConfig,
+    exclude: str | None,
+    out: str | os.PathLike[str],
+    options: PrepareOptions | None = None,
+    s3: S3Options | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Prepared:
+    """Pack the samples of shards that `select` and `exclude` leave into shards of their own.
+
+    Keys stay, and with them what is held out; a dot in one (Parquet) is written as %2E, since a
+    tar's key ends there. Several captions of an image stay, other columns and members do not.
+
+    Args:
+        source: the shards, and the file of keys to take.
+        exclude: file of keys to leave out.
+        out: directory of the shards, local or on s3://; finished shards there are kept.
+        options: sizes; columns are named by the source.
+        s3: access to all of them.
+        progress: called with (samples done, samples).
+
+    Raises:
+        DataError: the shards cannot be indexed, or `out` holds something else.
+    """
+    options, s3 = options or PrepareOptions(), s3 or S3Options()
+    data = DataConfig(sources=(source,), s3=s3, exclude=exclude, holdout=0)
+    manifest = build_manifest(data)
+    skipped = Counter(manifest.skipped)
+    skipped["not-selected"] = int(manifest.samples.sum()) - manifest.total
+    fresh = Prepared(
+        rows=manifest.total + skipped.total(),
+        skipped=+skipped,
+        examples={reason: [source.path] for reason in skipped},
+    )
+    identity = {"manifest": manifest.digest, **asdict(options)}
+    return _pack(
+        source.path,
+        lambda first: _samples(manifest, source, first, options, s3),
+        fresh,
+        manifest.total,
+        open_store(out, s3),
+        hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+        options,
+        progress,
+    )
+
+
+def sparse_sources(manifest: Manifest) -> list[str]:
+    """Return a line for each source of which `select` and `exclude` leave less than half.
+
+    A read fetches the neighbours of a sample along with it: below half, more than twice the bytes
+    of what is trained on.
+    """
+    lines = []
+    for number, row in enumerate(manifest.by_source()):
+        kept = row["train"] + row["holdout"]
+        if 2 * kept < row["samples"]:
+            lines.append(
+                f"data.sources[{number}] {row['path']}: select and exclude leave {kept:,} of "
+                f"{row['samples']:,} samples; reading fetches {row['samples'] / kept:.1f} times "
+                "their bytes; rewrite them once with jobs/prepare.py --shards ... --select ... "
+                "--exclude ..., and train on what it makes"
+            )
+    return lines
+
+
+def _pack(
+    source: str,
+    walk: _Walk,
+    fresh: Prepared,
+    rows: int,
+    store: Store,
+    fingerprint: str,
+    options: PrepareOptions,
+    progress: Callable[[int, int], None] | None,
+) -> Prepared:
+    """Write the shards that are not there yet; `rows` is what the walk goes through."""
+    done = _resume(store, fingerprint) or fresh
     at = done.shards[-1]["next"] if done.shards else 0
     if progress is not None:
-        progress(at, len(rows))
-    with ThreadPoolExecutor(_READERS) as pool:
-        while at < len(rows):
-            at = _write_shard(rows, at, store, done, options, s3, pool, progress)
-            log = {"format": FORMAT, "fingerprint": fingerprint, **vars(done)}
-            store.write(LOG, json.dumps(log, indent=1).encode())
+        progress(at, rows)
+    while at < rows:
+        at = _write_shard(walk, at, rows, store, done, options, progress)
+        log = {"format": FORMAT, "fingerprint": fingerprint, **vars(done)}
+        store.write(LOG, json.dumps(log, indent=1).encode())
     if not done.written:
-        raise DataError(f"{source}: none of {len(rows)} rows can be used\n{done.as_text()}")
+        raise DataError(f"{source}: none of {done.rows} rows can be used\n{done.as_text()}")
     return done
 
 
 def _write_shard(
-    rows: list[Row],
+    walk: _Walk,
     first: int,
+    rows: int,
     store: Store,
     done: Prepared,
     options: PrepareOptions,
-    s3: S3Options | None,
-    pool: ThreadPoolExecutor,
     progress: Callable[[int, int], None] | None,
 ) -> int:
     """Write the shard that begins at row `first`; return the row where the next one begins."""
     tar = _Tar()
     at = first
-    for row, loaded in _loaded(rows, first, options, s3, pool):
-        if isinstance(loaded, str):
-            done.skipped[loaded] += 1
-            kept = done.examples.setdefault(loaded, [])
+    for path, sample in walk(first):
+        if isinstance(sample, str):
+            done.skipped[sample] += 1
+            kept = done.examples.setdefault(sample, [])
             if len(kept) < 3:
-                kept.append(row.path)
+                kept.append(path)
         else:
-            suffix, image, caption = loaded
-            tar.add(f"{at:09d}.{suffix}", image)
-            tar.add(f"{at:09d}.txt", caption.encode())
-            tar.add(f"{at:09d}.json", json.dumps({"path": row.path}).encode())
-            tar.samples += 1
+            key = f"{at:09d}" if sample.key is None else sample.key
+            if key in tar.keys:  # from two shards; in one, no reader could tell them apart
+                break
+            tar.add(key, sample)
         at += 1
         if progress is not None:
-            progress(at, len(rows))
-        if tar.samples >= options.samples_per_shard or tar.file.tell() >= options.bytes_per_shard:
+            progress(at, rows)
+        if len(tar.keys) >= options.samples_per_shard or tar.file.tell() >= options.bytes_per_shard:
             break
-    if tar.samples:
+    if tar.keys:
         name = f"{len(done.shards):05d}.tar"
         data = tar.finish()
         store.write(name, data)
-        shard = {"name": name, "samples": tar.samples, "bytes": len(data), "next": at}
+        shard = {"name": name, "samples": len(tar.keys), "bytes": len(data), "next": at}
         done.shards.append(shard)
-        done.written += tar.samples
+        done.written += len(tar.keys)
     elif done.shards:
         done.shards[-1]["next"] = at
     return at
@@ -211,15 +331,16 @@ def _loaded(
     options: PrepareOptions,
     s3: S3Options | None,
     pool: ThreadPoolExecutor,
-) -> Iterator[tuple[Row, tuple[str, bytes, str] | str]]:
+) -> Iterator[tuple[str, _Packed | str]]:
     """Yield the rows from `first` on, in order, with what `_load` makes of them."""
     for start in range(first, len(rows), 4 * _READERS):
         batch = rows[start : start + 4 * _READERS]
-        yield from zip(batch, pool.map(lambda row: _load(row, options, s3), batch), strict=True)
+        loaded = pool.map(lambda row: _load(row, options, s3), batch)
+        yield from zip([row.path for row in batch], loaded, strict=True)
 
 
-def _load(row: Row, options: PrepareOptions, s3: S3Options | None) -> tuple[str, bytes, str] | str:
-    """Return (suffix, image, caption), or the reason why there is none."""
+def _load(row: Row, options: PrepareOptions, s3: S3Options | None) -> _Packed | str:
+    """Return a row's sample, or the reason why there is none."""
     if row.reason:
         return row.reason
     text: Any = row.caption
@@ -231,15 +352,57 @@ def _load(row: Row, options: PrepareOptions, s3: S3Options | None) -> tuple[str,
     data = _read(row.path, s3)
     if data is None:
         return "missing-file"
+    image = _fitted(data, options)
+    if isinstance(image, str):
+        return image
+    return _Packed(image, caption.texts, {"path": row.path})
+
+
+def _fitted(data: bytes, options: PrepareOptions) -> bytes | str:
+    """Return an image as it is packed, or the reason why it cannot be used."""
     try:
         pixels = decode(data, options.max_pixels)
     except ImageError as error:
         return error.reason
-    if options.longest_side is not None and max(measure(data)) > options.longest_side:
-        data = simplejpeg.encode_jpeg(
-            shrink(pixels, options.longest_side), quality=_QUALITY, colorsubsampling="420"
-        )
-    return _suffix_of(data), data, caption.texts[0]
+    if options.longest_side is None or max(measure(data)) <= options.longest_side:
+        return data
+    small = shrink(pixels, options.longest_side)
+    if min(small.shape[:2]) < MIN_SIDE:
+        return "too-small"
+    packed = simplejpeg.encode_jpeg(small, quality=_QUALITY, colorsubsampling="420")
+    return with_orientation(packed, orientation(data))
+
+
+def _samples(
+    manifest: Manifest, source: SourceConfig, first: int, options: PrepareOptions, s3: S3Options
+) -> Iterator[tuple[str, _Packed | str]]:
+    """Yield the samples of the shards from the `first` that is taken on, in order."""
+    ends = np.cumsum(manifest.train_counts)
+    at = first
+    while at < manifest.total:
+        index = int(np.searchsorted(ends, at, side="right"))
+        place = at - int(ends[index] - manifest.train_counts[index])
+        count = min(4 * _READERS, int(ends[index]) - at)
+        shard = manifest.shard(index)
+        ordinals = manifest.train_ordinals(index, np.arange(place, place + count))
+        for sample in read_ordinals(shard, source, s3, ordinals):
+            yield f"{sample.key} in {shard.path}", _repacked(sample, shard.path, options)
+        at += count
+
+
+def _repacked(sample: Sample | BadSample, path: str, options: PrepareOptions) -> _Packed | str:
+    if isinstance(sample, BadSample):
+        return sample.reason
+    image = _fitted(sample.image, options)
+    if isinstance(image, str):
+        return image
+    return _Packed(image, (sample.caption, *sample.others), {"shard": path}, _tar_key(sample.key))
+
+
+def _tar_key(key: str) -> str:
+    """Return a key as a tar's member can carry it: no dot in its last part, and not empty."""
+    folder, slash, base = key.replace("\0", "%00").rpartition("/")
+    return folder + slash + (base.replace(".", "%2E") or "%")
 
 
 def _read(path: str, s3: S3Options | None) -> bytes | None:
@@ -307,7 +470,7 @@ def _table_rows(source: str, options: PrepareOptions, s3: S3Options | None) -> I
         path, text = record.get(image), record.get(caption)
         if not isinstance(path, str) or not path.strip():
             yield Row(f"{source}, row {number}", reason="missing-path")
-        elif text is None or not isinstance(text, str):
+        elif not isinstance(text, str | list):
             yield Row(path, reason="missing-caption")
         else:
             whole = path if path.startswith(("/", "s3://")) else f"{folder}/{path}"
@@ -355,8 +518,8 @@ def _fingerprint(rows: list[Row], options: PrepareOptions) -> str:
     return sha.hexdigest()
 
 
-def _resume(store: Store, fingerprint: str) -> Prepared:
-    """Return what an earlier run has finished in `store`."""
+def _resume(store: Store, fingerprint: str) -> Prepared | None:
+    """Return what an earlier run has finished in `store`, None where there was none."""
     try:
         log = json.loads(store.read(LOG))
         found = log.pop("format"), log.pop("fingerprint")
@@ -367,7 +530,7 @@ def _resume(store: Store, fingerprint: str) -> Prepared:
             raise DataError(
                 f"{store.uri}: holds files but no {LOG}; give an empty directory"
             ) from None
-        return Prepared()
+        return None
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{store.uri}/{LOG}: damaged ({error}); empty the directory") from error
     if found != (FORMAT, fingerprint):

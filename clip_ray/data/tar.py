@@ -305,6 +305,8 @@ def _check(header: bytes, at: int) -> tuple[bytes, int]:
             size = int.from_bytes(header[125:136], "big")
         else:
             size = int(header[124:136].strip(b" \0") or b"0", 8)
+        if size < 0:  # the walk would go backwards
+            raise ValueError("size")
     except ValueError as error:
         raise DamageError(f"no header at byte {at}") from error
     return header[156:157], size
@@ -335,8 +337,8 @@ def _pax(data: bytes, at: int) -> dict[str, str]:
             key, _, value = data[space + 1 : place + length - 1].partition(b"=")
             found[key.decode(errors="replace")] = value.decode(errors="backslashreplace")
             place += length
-        if "size" in found:
-            int(found["size"])
+        if int(found.get("size", 0)) < 0:
+            raise ValueError("size")
     except ValueError as error:
         raise DamageError(f"malformed pax header at byte {at}") from error
     return found

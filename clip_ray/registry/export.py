@@ -41,6 +41,7 @@ class ExportInfo:
         version: registered version, likewise.
         run_id: MLflow run that made it.
         extra: what config.json holds beside format and model (step, manifest_digest, ...).
+        exif_orientation: the model was trained on pictures turned as their EXIF data say.
     """
 
     digest: str | None = None
@@ -48,6 +49,7 @@ class ExportInfo:
     version: str | None = None
     run_id: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    exif_orientation: bool = False
 
 
 def model_digest(store: Store) -> str:
@@ -86,7 +88,13 @@ def _check_files(store: Store) -> None:
         )
 
 
-def write_export(store: Store, model: CLIP, tokenizer: Tokenizer, extra: dict[str, Any]) -> str:
+def write_export(
+    store: Store,
+    model: CLIP,
+    tokenizer: Tokenizer,
+    extra: dict[str, Any],
+    exif_orientation: bool = False,
+) -> str:
     """Write a model as an export and return its digest.
 
     The same model, tokenizer and extra give the same bytes.
@@ -96,6 +104,7 @@ def write_export(store: Store, model: CLIP, tokenizer: Tokenizer, extra: dict[st
         model: its weights are written as fp32 under OpenAI's names.
         tokenizer: written as tokenizer.json.
         extra: more keys of config.json, such as run_id, step, manifest_digest.
+        exif_orientation: turn pictures as their EXIF data say, as in training.
 
     Raises:
         RegistryError: the directory holds other files, or `extra` a key that is taken.
@@ -118,20 +127,20 @@ def write_export(store: Store, model: CLIP, tokenizer: Tokenizer, extra: dict[st
         WEIGHTS: safetensors.torch.save(weights),
         CONFIG: _json(config),
         TOKENIZER: tokenizer.to_bytes(),
-        PREPROCESSING: _json(_preprocessing(model)),
+        PREPROCESSING: _json(_preprocessing(model, exif_orientation)),
     }
     for name, data in files.items():
         store.write(name, data)
     return _digest({n: (len(d), hashlib.sha256(d).hexdigest()) for n, d in files.items()})
 
 
-def _preprocessing(model: CLIP) -> dict[str, Any]:
+def _preprocessing(model: CLIP, exif_orientation: bool) -> dict[str, Any]:
     """Return the content of preprocessing.json, with the model's own mean and std."""
     import torch
 
     from clip_ray.images import preprocessing
 
-    document = preprocessing(model.config.vision.image_size)
+    document = preprocessing(model.config.vision.image_size, exif_orientation)
     for name, constant in (("mean", model.pixel_mean), ("std", model.pixel_std)):
         value_3 = constant.detach().flatten().cpu()
         # Where they are the same in fp32 the usual digits stay: the digest counts them.
@@ -184,7 +193,10 @@ def load_export(
         )
     model = _build(store, config, pixels, files[WEIGHTS])
     extra = {k: v for k, v in config.items() if k not in ("format", "model")}
-    info = ExportInfo(digest=digest, run_id=extra.get("run_id"), extra=extra)
+    turned = bool(pixels.get("exif_orientation", False))
+    info = ExportInfo(
+        digest=digest, run_id=extra.get("run_id"), extra=extra, exif_orientation=turned
+    )
     return model, Tokenizer.load(files[TOKENIZER]), info
 
 

@@ -48,7 +48,8 @@ def export_model(run: Run, run_id: str | None) -> str:
         "plan_digest": run.plan.digest,
     }
     run.store.delete("export")
-    return write_export(run.store.child("export"), model, run.tokenizer, origin)
+    turned = run.config.data.exif_orientation
+    return write_export(run.store.child("export"), model, run.tokenizer, origin, turned)
 
 
 def evaluate_model(

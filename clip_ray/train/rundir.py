@@ -22,7 +22,8 @@ from clip_ray.data.blocks import BlockReader, Layout
 from clip_ray.data.captions import training_captions
 from clip_ray.data.manifest import Manifest
 from clip_ray.data.plan import Plan, default_sizes
-from clip_ray.errors import CheckpointError
+from clip_ray.data.prepare import sparse_sources
+from clip_ray.errors import CheckpointError, ConfigError
 from clip_ray.storage import Store, open_store, split_uri
 from clip_ray.tokenizer import Tokenizer
 from clip_ray.train.journal import Row
@@ -152,6 +153,8 @@ def prepare(
     if manifest is None:
         manifest = build_manifest()
         write_manifest(store, manifest, config)
+    for line in sparse_sources(manifest):
+        say(f"warning: {line}")
     if store.exists("tokenizer.json"):
         tokenizer = Tokenizer.load(store.read("tokenizer.json"))
     else:
@@ -188,7 +191,7 @@ def _index_settings(config: Config) -> bytes:
     data = config.data
     lists = [data.exclude, *(source.select for source in data.sources)]
     content = {
-        "sources": [source.model_dump(exclude={"weight"}) for source in data.sources],
+        "sources": [source.model_dump(exclude={"weight", "max_passes"}) for source in data.sources],
         "holdout": data.holdout,
         "salvage": data.salvage,
         "lists": [
@@ -210,21 +213,44 @@ def _is_indexed(store: Store, config: Config) -> bool:
 
 
 def build_plan(manifest: Manifest, config: Config) -> Plan:
-    """Return the plan of a config over a manifest. Raises ConfigError where sizes do not fit."""
+    """Return the plan of a config over a manifest.
+
+    Raises:
+        ConfigError: sizes do not fit, or the run would outlast the passes over its sources.
+    """
     G, data = config.train.global_batch, config.data
     slot, window = default_sizes(manifest.total, G)
     window = data.window or (min(window, data.slot) if data.slot else window)
     slot = data.slot or (slot if slot % window == 0 else window)
     weights = [source.weight for source in data.sources if source.weight is not None]
-    return Plan(
+    plan = Plan(
         manifest.train_counts,
         manifest.source.astype("int64"),
         weights=tuple(weights) or None,
+        max_passes=tuple(source.max_passes for source in data.sources) if weights else None,
         seed=config.run.seed,
         global_batch=G,
         slot=slot,
         window=window,
         manifest_digest=manifest.digest,
+    )
+    steps = total_steps(config, manifest.total)
+    if plan.steps is not None and steps > plan.steps:
+        raise ConfigError(_outlasts(manifest, config, plan, steps))
+    return plan
+
+
+def _outlasts(manifest: Manifest, config: Config, plan: Plan, steps: int) -> str:
+    sizes = [row["train"] for row in manifest.by_source()]
+    parts = [
+        f"{source.path} {source.max_passes} x {size}"
+        for source, size in zip(config.data.sources, sizes, strict=True)
+    ]
+    return (
+        f"the run has {steps} steps of {plan.global_batch} samples, but with "
+        f"data.sources[].max_passes the data ends after {plan.steps} (passes x samples: "
+        f"{', '.join(parts)}; whole windows of {plan.window} steps); shorten the run, raise a "
+        "max_passes, or leave it out for one source"
     )
 
 

@@ -12,12 +12,12 @@ import simplejpeg
 from clip_ray.config import DataConfig, S3Options, SourceConfig
 from clip_ray.data import prepare as prepares
 from clip_ray.data.manifest import build_manifest
-from clip_ray.data.prepare import PrepareOptions, prepare
+from clip_ray.data.prepare import Prepared, PrepareOptions, prepare, rewrite, sparse_sources
 from clip_ray.data.shards import Sample, read_ordinals
 from clip_ray.errors import DataError
-from clip_ray.images import decode
+from clip_ray.images import decode, with_orientation
 from clip_ray.storage import LocalStore, open_store
-from tests.data.shard_files import jpeg
+from tests.data.shard_files import images, jpeg, pairs, write_parquet, write_tar
 
 
 def read_back(out: Path | str, s3: S3Options | None = None) -> list[Sample]:
@@ -117,6 +117,27 @@ def test_larger_images_are_shrunk_and_smaller_ones_kept(tmp_path: Path) -> None:
     assert found["small"] == jpeg(1)
 
 
+def test_a_shrunk_picture_keeps_its_orientation(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    plain = simplejpeg.encode_jpeg(np.full((300, 200, 3), 90, np.uint8))
+    (tmp_path / "in" / "a.jpg").write_bytes(with_orientation(plain, 6))
+    (tmp_path / "in" / "a.txt").write_text("a")
+    prepare(tmp_path / "in", tmp_path / "out", PrepareOptions(longest_side=150))
+    (sample,) = read_back(tmp_path / "out")
+    assert decode(sample.image, 10**6).shape == (150, 100, 3)
+    assert decode(sample.image, 10**6, exif_orientation=True).shape == (100, 150, 3)
+
+
+def test_an_image_that_shrinking_leaves_too_small_is_not_written(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name, width in (("narrow", 10), ("wide", 100)):
+        data = simplejpeg.encode_jpeg(np.full((150, width, 3), 90, np.uint8))
+        (tmp_path / "in" / f"{name}.jpg").write_bytes(data)
+        (tmp_path / "in" / f"{name}.txt").write_text(name)
+    done = prepare(tmp_path / "in", tmp_path / "out", PrepareOptions(longest_side=30))
+    assert (done.written, done.skipped) == (1, {"too-small": 1})
+
+
 def test_an_interrupted_run_goes_on_with_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,3 +208,110 @@ def test_from_s3_to_s3(tmp_path: Path, s3: S3Options) -> None:
     )
     assert done.written == 7
     assert len(read_back("s3://bucket/made/", s3)) == 7
+
+
+def test_several_captions_of_a_row_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "0.jpg").write_bytes(jpeg(0))
+    lines = [{"path": "0.jpg", "caption": ["one", " ", "two"]}, {"path": "0.jpg", "caption": []}]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    done = prepare(tmp_path / "t.jsonl", tmp_path / "out")
+    assert (done.written, done.skipped) == (1, {"empty-caption": 1})
+    (sample,) = read_back(tmp_path / "out")
+    assert (sample.caption, sample.others, sample.image) == ("one", ("two",), jpeg(0))
+
+
+def selection_of(path: Path) -> SourceConfig:
+    """Tars of 40 and 41 samples with the same keys, 7 selected; some of them cannot be used."""
+    (path / "in").mkdir(parents=True)
+    for name, count in (("a", 40), ("b", 41)):
+        members = pairs(count)
+        members[2 * 5] = ("00005.jpg", b"<html>")
+        members[2 * 6 + 1] = ("00006.json", b'{"caption": ["a", "b"]}')
+        members[2 * 9 + 1] = ("00009.txt", f"9 of {name}".encode())
+        del members[2 * 30 + 1]  # a caption
+        write_tar(path / "in" / f"{name}.tar", members)
+    chosen = ["00005", "00006", "00009", "00012", "00030", "00033", "00039", "no-such-key"]
+    (path / "keys.txt").write_text("\n".join(chosen))
+    (path / "never.txt").write_text("00012")
+    return SourceConfig(path=str(path / "in"), select=str(path / "keys.txt"))
+
+
+def rewritten(source: SourceConfig, out: Path) -> Prepared:
+    never = str(Path(source.path).parent / "never.txt")
+    return rewrite(source, never, out, PrepareOptions(samples_per_shard=3))
+
+
+def test_shards_are_rewritten_with_a_selection(tmp_path: Path) -> None:
+    done = rewritten(selection_of(tmp_path), tmp_path / "out")
+    assert done.skipped == {"missing-caption": 2, "not-an-image": 2, "not-selected": 69}
+    assert (done.rows, done.written) == (81, 8) and done.rows == done.written + done.skipped.total()
+    samples = read_back(tmp_path / "out")
+    assert [s.key for s in samples] == 2 * ["00006", "00009", "00033", "00039"]
+    assert [(s.caption, s.others) for s in samples[:2]] == [("a", ("b",)), ("9 of a", ())]
+    assert [s.image for s in samples] == 2 * [jpeg(i) for i in (6, 9, 33, 39)]
+    # Three at most, and none with a key that it has.
+    assert [s["samples"] for s in done.shards] == [3, 3, 2]
+    assert done.examples["not-an-image"][0] == f"00005 in {tmp_path}/in/a.tar"
+
+
+def test_shards_with_the_same_keys_are_not_mixed_into_one(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name, count in (("a", 4), ("b", 5)):
+        write_tar(tmp_path / "in" / f"{name}.tar", pairs(count))
+    done = rewrite(SourceConfig(path=str(tmp_path / "in")), None, tmp_path / "out")
+    assert [s["samples"] for s in done.shards] == [4, 5] and done.skipped == {}
+
+
+def test_an_interrupted_rewriting_goes_on_with_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = selection_of(tmp_path)
+    whole = rewritten(source, tmp_path / "whole")
+    plain = LocalStore.write
+
+    def dies(self: LocalStore, name: str, data: bytes) -> None:
+        if name == "00001.tar":
+            raise OSError(28, "No space left on device")
+        plain(self, name, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStore, "write", dies)
+        with pytest.raises(OSError, match="No space"):
+            rewritten(source, tmp_path / "out")
+    assert rewritten(source, tmp_path / "out") == whole
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+    Path(tmp_path / "keys.txt").write_text("00009")
+    with pytest.raises(DataError, match="made from other rows or with other options"):
+        rewritten(source, tmp_path / "out")
+
+
+def test_parquet_becomes_tar_with_its_keys(tmp_path: Path) -> None:
+    keys = ["a/b", "c.d", "日本" * 60, ""]
+    columns = {
+        "key": pa.array(keys),
+        "caption": pa.array([["one"], ["two", "zwei"], ["three"], ["four"]]),
+        "image": pa.array(images(4)),
+    }
+    source = SourceConfig(path=str(write_parquet(tmp_path / "x.parquet", columns)))
+    rewrite(source, None, tmp_path / "out", PrepareOptions(longest_side=20))
+    samples = read_back(tmp_path / "out")
+    assert [s.key for s in samples] == ["a/b", "c%2Ed", "日本" * 60, "%"]
+    assert [(s.caption, *s.others) for s in samples] == [
+        ("one",),
+        ("two", "zwei"),
+        ("three",),
+        ("four",),
+    ]
+    assert all(max(decode(s.image, 10**6).shape) <= 20 for s in samples)
+
+
+def test_a_source_of_which_less_than_half_is_taken_is_worth_rewriting(tmp_path: Path) -> None:
+    source = selection_of(tmp_path)
+    data = DataConfig(sources=(source,), holdout=0.5)
+    (line,) = sparse_sources(build_manifest(data))
+    assert f"data.sources[0] {source.path}: select and exclude leave 12 of 79 samples" in line
+    assert "6.6 times their bytes" in line and "jobs/prepare.py --shards" in line
+    # What is held out for evaluation is no reason: it is not chosen by a list.
+    whole = DataConfig(sources=(SourceConfig(path=source.path),), holdout=0.6)
+    assert sparse_sources(build_manifest(whole)) == []

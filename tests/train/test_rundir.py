@@ -270,3 +270,41 @@ def test_weights_reach_the_plan(tmp_path: Path) -> None:
     plan = build_plan(build_manifest(made.data), made)
     shards = np.concatenate([plan.step_rows(step).shard for step in range(512)])
     assert (shards == 0).mean() == pytest.approx(0.75, abs=0.01)
+
+
+def test_a_run_that_outlasts_its_sources_is_refused_with_the_arithmetic(tmp_path: Path) -> None:
+    """2 x 16 + 1 x 24 samples are 7 steps of 8; in windows of 4 steps the data ends after 4."""
+    paths = [
+        write_tar(tmp_path / f"{name}.tar", pairs(count)) for name, count in (("a", 16), ("b", 24))
+    ]
+    caps = (2, 1)
+    sources = [
+        {"path": str(path), "weight": 1, "max_passes": cap}
+        for path, cap in zip(paths, caps, strict=True)
+    ]
+    made = config({"data.sources": sources, "data.holdout": 0.0, "train.steps": 5})
+    whole = build_manifest(made.data)
+    with pytest.raises(ConfigError) as caught:
+        build_plan(whole, made)
+    message = str(caught.value)
+    assert "the run has 5 steps of 8 samples" in message and "ends after 4" in message
+    assert f"{paths[0]} 2 x 16, {paths[1]} 1 x 24; whole windows of 4 steps" in message
+    shorter = config({"data.sources": sources, "data.holdout": 0.0, "train.steps": 4})
+    assert build_plan(whole, shorter).steps == 4
+    one_free = [sources[0], {**sources[1], "max_passes": None}]
+    endless = config({"data.sources": one_free, "data.holdout": 0.0, "train.steps": 500})
+    assert build_plan(whole, endless).steps is None
+    with pytest.raises(ValueError, match="max_passes 2 of .*: sources without weights are one"):
+        config({"data.sources": [{"path": str(paths[0]), "max_passes": 2}]})
+
+
+def test_a_sparse_selection_is_said_at_each_start(store: Store, tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", pairs(40))
+    (tmp_path / "keys").write_text("\n".join(f"{i:05d}" for i in range(10)))
+    source = {"path": str(path), "select": str(tmp_path / "keys")}
+    made = config({"data.sources": [source], "data.holdout": 0.0})
+    said: list[str] = []
+    for _ in range(2):
+        prepare(store, made, lambda: build_manifest(made.data), said.append)
+    assert len(said) == 2 and said[0] == said[1]
+    assert said[0].startswith("warning: data.sources[0]") and "leave 10 of 40 samples" in said[0]
