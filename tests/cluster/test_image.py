@@ -1,4 +1,4 @@
-"""The image's recipe: what it copies exists, what it installs is pinned, nothing secret, no root."""
+"""The image: what it copies exists, what it installs is pinned; no secret in it, no root."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KubeRay's manifests: valid by its schemas, consistent with the code, open to nobody but who needs."""
+"""KubeRay's manifests: valid by its schemas, one with the code, closed to who needs nothing."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import yaml
 from clip_ray.config.load import load_config
 from clip_ray.config.serving import AppSettings
 from clip_ray.errors import ConfigError
-from clip_ray.runtime.cluster import share_of
 from clip_ray.registry import Target
+from clip_ray.runtime.cluster import share_of
 from clip_ray.runtime.owner import read_config, replace_target
 from clip_ray.runtime.serve_config import check_declaration, haproxy_environment
 from tests.cluster.manifests import (
