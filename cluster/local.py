@@ -215,6 +215,8 @@ def _start_node(
     # Of another Ray that this shell may know.
     env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     ours = {key: value for key, value in environment(state).items() if key != "RAY_ADDRESS"}
+    # A job's `python` is found there: it has to be the one that has Ray.
+    ours["PATH"] = f"{RAY.parent}{os.pathsep}{os.environ.get('PATH', '')}"
     with open(folder / f"{name}.log", "wb") as log:
         node = subprocess.Popen(
             command,

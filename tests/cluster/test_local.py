@@ -153,11 +153,10 @@ def test_a_real_ray_of_two_nodes_runs_a_job_and_ends(tmp_path: Path):
         subprocess.run(up, check=True, timeout=240)
         state = json.loads((folder / local.STATE).read_text())
         env = os.environ | local.environment(state)
-        # A driver that would outlive the cluster if nobody ended it.
-        count = "import ray,time; ray.init(); print(len(ray.nodes()), ray.cluster_resources())"
+        count = "import ray; ray.init(); print(len(ray.nodes()), ray.cluster_resources())"
         job = [str(local.RAY), "job", "submit", "--address", state["dashboard"]]
         told = subprocess.run(
-            [*job, "--", "python", "-c", f'"{count}"'],
+            [*job, "--", "python", "-c", count],
             env=env,
             capture_output=True,
             text=True,
@@ -171,8 +170,9 @@ def test_a_real_ray_of_two_nodes_runs_a_job_and_ends(tmp_path: Path):
             [*job, "--", "true"], env=without, capture_output=True, text=True, timeout=120
         )
         assert refused.returncode != 0
+        # A driver that would outlive the cluster if nobody ended it.
         mark = f"never-{os.getpid()}"
-        sleep = [*job, "--no-wait", "--", "python", "-c", "'import time; time.sleep(600)'", mark]
+        sleep = [*job, "--no-wait", "--", "python", "-c", "import time; time.sleep(600)", mark]
         subprocess.run(sleep, env=env, check=True, capture_output=True, timeout=120)
         deadline = time.monotonic() + 60
         while not processes.with_argument(mark):
