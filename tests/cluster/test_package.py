@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
+import yaml
+from packaging.requirements import Requirement
 from ray._private.runtime_env.packaging import unzip_package
 
 from clip_ray.config import S3Options
@@ -56,3 +59,19 @@ def test_equal_code_is_one_address_and_other_code_another(tmp_path: Path, s3: S3
 def test_no_destination_is_refused(capsys):
     assert package.main(["--dest", ""]) == 2
     assert "make package DEST=" in capsys.readouterr().err
+
+
+def test_the_runtime_environment_has_every_dependency_but_ray_as_pinned():
+    from ray.runtime_env import RuntimeEnv
+
+    environment = yaml.safe_load((package.ROOT / "cluster/runtime-env.yaml").read_text())
+    RuntimeEnv(**environment)
+    given = {need.name: need for need in map(Requirement, environment["pip"])}
+    lines = (package.ROOT / "constraints.txt").read_text().split()
+    pins = {name.lower(): version for name, version in (line.split("==") for line in lines)}
+    project = tomllib.loads((package.ROOT / "pyproject.toml").read_text())["project"]
+    wanted = {need.name: need for need in map(Requirement, project["dependencies"])}
+    assert set(given) == set(wanted) - {"ray"} | {"boto3"}
+    for name, need in given.items():
+        assert str(need.specifier) == f"=={pins[name.lower()]}"
+        assert name == "boto3" or need.marker == wanted[name].marker
