@@ -58,7 +58,7 @@ cluster-up: install  ## a Ray of several nodes on this machine (N=3 CPUS=2 GPUS=
 cluster-down: install  ## end that one, and no other Ray
 	@$(BIN)/python cluster/local.py down
 
-package: install  ## the code as a zip for working_dir, for clusters without our image (DEST=s3://...)
+package: install  ## the code as a zip for working_dir, for clusters without our image (DEST=...)
 	@$(BIN)/python cluster/package.py --dest "$(DEST)"
 
 test: install  ## unit and Ray integration tests (under 15 minutes on 2 cores)

@@ -1,8 +1,9 @@
 """A real Ray of several nodes on this machine: `make cluster-up N=3`, `make cluster-down`.
 
 Each node is a raylet of its own with the CPUs and GPUs that it is told to have; ports, temporary
-directory and token are this cluster's alone, and all listens on loopback. What was started is
-written down with its time of start: only that is ended, no other Ray on the machine is touched.
+directory and token are this cluster's alone. The dashboard listens on loopback, Ray's own ports on
+the machine's address, which Ray puts in the place of any other. What was started is written down
+with its time of start: only that is ended, no other Ray on the machine is touched.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from clip_ray.runtime import processes  # noqa: E402
 HOST = "127.0.0.1"
 STATE = "cluster.json"
 START_S = 120.0
-END_S = 20.0  # Ray's own way down, before what is left is killed
+END_S = 40.0  # Ray drains a node for up to 30 s; then what is left is killed
+STARTED = b"Ray runtime started."  # what `ray start` says when the node has joined
 RAY = Path(sys.executable).with_name("ray")
 OBJECT_STORE_BYTES = 256 * 1024**2
 
@@ -56,11 +58,6 @@ def main(argv: list[str]) -> int:
                 "1, 1 and 0"
             )
         state = start(own.folder, own.nodes, own.cpus, own.gpus)
-        try:
-            wait(state, own.nodes)
-        except BaseException:
-            print(down(own.folder), file=sys.stderr)
-            raise
         print(described(state, own.nodes, own.cpus, own.gpus))
     except ClipRayError as error:
         print(f"cluster: {error}", file=sys.stderr)
@@ -80,7 +77,7 @@ def start(folder: Path, nodes: int, cpus: int, gpus: int, ray: Path = RAY) -> di
 
     Raises:
         ConfigError: the cluster runs already.
-        ClusterError: a node ended as soon as it was started.
+        ClusterError: a node did not join; those before it are ended.
     """
     folder.mkdir(parents=True, exist_ok=True)
     left = _read(folder)
@@ -110,7 +107,6 @@ def start(folder: Path, nodes: int, cpus: int, gpus: int, ray: Path = RAY) -> di
     head += [f"--temp-dir={state['temp']}"]
     try:
         _start_node(ray, folder, state, "head", [*head, f"--num-cpus={cpus}", "--num-gpus=0"])
-        _wait_for_port(folder, state, ports[0])
         for number in range(1, nodes):
             more = [f"--address={state['address']}", f"--num-cpus={cpus}", f"--num-gpus={gpus}"]
             _start_node(ray, folder, state, f"node-{number}", more)
@@ -151,29 +147,6 @@ def down(folder: Path) -> str:
     return f"ended {len(state['nodes'])} nodes, {count} processes; logs: {folder}/*.log"
 
 
-def wait(state: dict[str, Any], nodes: int) -> None:
-    """Wait until all nodes have joined.
-
-    Raises:
-        ClusterError: they do not within START_S.
-    """
-    os.environ |= environment(state)
-    import ray
-
-    deadline = time.monotonic() + START_S
-    try:
-        ray.init(address=state["address"], log_to_driver=False, logging_level="ERROR")
-        while True:
-            alive = sum(node["Alive"] for node in ray.nodes())
-            if alive == nodes:
-                return
-            if time.monotonic() > deadline:
-                raise ClusterError(f"{alive} of {nodes} nodes have joined after {START_S:g} s")
-            time.sleep(0.5)
-    finally:
-        ray.shutdown()
-
-
 def environment(state: dict[str, Any]) -> dict[str, str]:
     """Return what a process needs to reach the cluster."""
     return {
@@ -200,10 +173,9 @@ def described(state: dict[str, Any], nodes: int, cpus: int, gpus: int) -> str:
 def _start_node(
     ray: Path, folder: Path, state: dict[str, Any], name: str, flags: list[str]
 ) -> None:
-    """Start a node in a session of its own, by which its processes are known again."""
+    """Start a node in a session of its own, by which its processes are known; wait for it."""
     command = [str(ray), "start", "--block", *flags]
     command += [
-        f"--node-ip-address={HOST}",
         f"--node-name={name}",
         f"--object-store-memory={OBJECT_STORE_BYTES}",
         # 0 = any free one: the fixed ranges are one node's a machine.
@@ -217,7 +189,8 @@ def _start_node(
     ours = {key: value for key, value in environment(state).items() if key != "RAY_ADDRESS"}
     # A job's `python` is found there: it has to be the one that has Ray.
     ours["PATH"] = f"{RAY.parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    with open(folder / f"{name}.log", "wb") as log:
+    log_path = folder / f"{name}.log"
+    with open(log_path, "wb") as log:
         node = subprocess.Popen(
             command,
             env=env | ours | {"RAY_JOB_STOP_WAIT_TIME_S": "60"},
@@ -228,19 +201,14 @@ def _start_node(
         )
     since = processes.started(node.pid)
     if since is None:
-        raise ClusterError(f"{name} ended at once; see {folder / f'{name}.log'}")
+        raise ClusterError(f"{name} ended at once; see {log_path}")
     state["nodes"][str(node.pid)] = since
     _write(folder, state)
-
-
-def _wait_for_port(folder: Path, state: dict[str, Any], port: int) -> None:
+    # One after the other: several that start at once on a busy machine miss Ray's 30 s.
     deadline = time.monotonic() + START_S
-    ((pid, since),) = state["nodes"].items()
-    while not processes.listens(HOST, port):
-        if processes.started(int(pid)) != since or time.monotonic() > deadline:
-            raise ClusterError(
-                f"the head does not answer on {state['address']}; see {folder / 'head.log'}"
-            )
+    while STARTED not in log_path.read_bytes():
+        if processes.started(node.pid) != since or time.monotonic() > deadline:
+            raise ClusterError(f"{name} did not join {state['address']}; see {log_path}")
         time.sleep(0.2)
 
 

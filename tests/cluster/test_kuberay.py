@@ -363,3 +363,30 @@ def test_every_pod_that_listens_has_a_policy_and_every_service_its_pods():
     settings = (KUBERAY / "settings/settings.env").read_text()
     port = services["mlflow"]["ports"][0]["port"]
     assert f"MLFLOW_TRACKING_URI=http://mlflow:{port}\n" in settings
+
+
+def test_mlflow_reaches_its_database_with_the_driver_that_the_image_has():
+    from mlflow.utils.uri import extract_db_type_from_uri
+    from sqlalchemy import make_url
+
+    (pod,) = pods(named("Deployment", "companion"))
+    env = {item["name"]: item.get("value") for item in pod["spec"]["containers"][0]["env"]}
+    url = env["MLFLOW_BACKEND_STORE_URI"].replace("$(POSTGRES_PASSWORD)", "x")
+    assert extract_db_type_from_uri(url) == "postgresql"
+    # Without a name SQLAlchemy 2.1 takes another one.
+    driver = make_url(url).get_driver_name()
+    assert driver == "psycopg2"
+    assert f"{driver}-binary==" in (ROOT / "cluster/requirements.txt").read_text()
+    assert make_url(url).host in {
+        manifest["metadata"]["name"] for manifest in manifests() if manifest["kind"] == "Service"
+    }
+
+
+def test_mlflow_takes_the_flags_it_is_started_with():
+    from mlflow.cli import cli
+
+    (pod,) = pods(named("Deployment", "companion"))
+    tool, command, *flags = pod["spec"]["containers"][0]["command"]
+    assert tool == "mlflow"
+    known = {option for p in cli.commands[command].params for option in p.opts}
+    assert {flag.split("=")[0] for flag in flags} <= known

@@ -27,6 +27,7 @@ child = subprocess.Popen([sys.executable, "-c", stubborn], start_new_session=Fal
 for word in sys.argv:
     if word.startswith("--port="):
         listener = socket.create_server(("127.0.0.1", int(word[7:])))
+print("Ray runtime started.", flush=True)
 time.sleep(300)
 """
 
@@ -58,8 +59,7 @@ def leaders(folder: Path) -> dict[int, str]:
 def sessions(pids: set[int]) -> set[int]:
     """Return all live processes in the sessions that `pids` lead."""
     found = set()
-    for entry in Path("/proc").glob("[0-9]*"):
-        pid = int(entry.name)
+    for pid in local._pids():
         try:
             if os.getsid(pid) in pids and processes.started(pid) is not None:
                 found.add(pid)
