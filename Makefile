@@ -10,7 +10,7 @@ TORCH_PIN := $(shell grep '^torch==' constraints.txt)
 NOT_SELECTED := not slow and not chaos and not bench and not gpu
 JOBS := tests/runtime/test_pretrain.py
 
-.PHONY: help install quickstart serve serve-down test test-slow test-gpu lint format ui bench clean
+.PHONY: help install quickstart serve serve-down cluster-up cluster-down package test test-slow test-gpu lint format ui bench clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -e 's/:.*##/:/' | awk -F': *' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -47,6 +47,19 @@ serve: install  ## serve the champion to this machine, on port 8000 (SERVE="--se
 
 serve-down: install  ## end what make serve started, from another terminal
 	@$(BIN)/python jobs/deploy.py --down --storage $(STORAGE)
+
+N ?= 3
+CPUS ?= 2
+GPUS ?= 0
+
+cluster-up: install  ## a Ray of several nodes on this machine (N=3 CPUS=2 GPUS=0, as declared)
+	@$(BIN)/python cluster/local.py up --nodes $(N) --cpus $(CPUS) --gpus $(GPUS)
+
+cluster-down: install  ## end that one, and no other Ray
+	@$(BIN)/python cluster/local.py down
+
+package: install  ## the code as a zip for working_dir, for clusters without our image (DEST=...)
+	@$(BIN)/python cluster/package.py --dest "$(DEST)"
 
 test: install  ## unit and Ray integration tests (under 15 minutes on 2 cores)
 	@# Training jobs wait much for processes to start; the other tests run beside them.

@@ -1,0 +1,102 @@
+"""Reading and checking Kubernetes manifests without a cluster."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+KUBERAY = ROOT / "cluster/kuberay"
+RAY_KINDS = ("RayCluster", "RayJob", "RayService")
+
+
+@cache
+def _schemas() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((ROOT / "tests/cluster/crds/schemas.json").read_text())
+    return found
+
+
+@cache
+def validator(kind: str, *path: str) -> jsonschema.Draft202012Validator:
+    """Return the validator of a KubeRay kind, or of what lies at `path` in its schema."""
+    schemas = _schemas()
+
+    def resolved(schema: Any) -> Any:
+        while "$ref" in schema:
+            schema = schemas["$defs"][schema["$ref"].rsplit("/", 1)[1]]
+        return schema
+
+    schema = resolved(schemas["kinds"][kind])
+    for name in path:
+        schema = resolved(schema["items"] if name == "*" else schema["properties"][name])
+    return jsonschema.Draft202012Validator(schema | {"$defs": schemas["$defs"]})
+
+
+POD = ("spec", "headGroupSpec", "template")
+INGRESS = ("spec", "networkPolicy", "head", "ingressRules")
+
+
+def faults(manifest: dict[str, Any]) -> list[str]:
+    """Return what KubeRay's schemas say against a manifest.
+
+    They hold Kubernetes' own pod template and ingress rules, by which other kinds are checked.
+    """
+    kind, spec = manifest["kind"], manifest.get("spec", {})
+    checks: list[tuple[jsonschema.Draft202012Validator, Any]] = []
+    if kind in RAY_KINDS:
+        checks.append((validator(kind), manifest))
+    elif kind == "NetworkPolicy":
+        checks.append((validator("RayCluster", *INGRESS), spec["ingress"]))
+    elif "template" in spec:
+        checks.append((validator("RayCluster", *POD), spec["template"]))
+    return [
+        f"{kind} {'/'.join(map(str, error.absolute_path))}: {error.message[:200]}"
+        for check, value in checks
+        for error in check.iter_errors(value)
+    ]
+
+
+@cache
+def _read(folder: str) -> str:
+    return json.dumps(
+        [
+            document
+            for path in sorted((KUBERAY / folder).glob("*.yaml"))
+            if path.name != "kustomization.yaml"
+            for document in yaml.safe_load_all(path.read_text())
+        ]
+    )
+
+
+def manifests(*folders: str) -> list[dict[str, Any]]:
+    """Return the manifests of the named folders of cluster/kuberay, else of all; a fresh copy."""
+    chosen = folders or [path.name for path in sorted(KUBERAY.iterdir()) if path.is_dir()]
+    return [document for folder in chosen for document in json.loads(_read(folder))]
+
+
+def named(kind: str, folder: str) -> dict[str, Any]:
+    """Return the one manifest of a kind in a folder."""
+    (found,) = (document for document in manifests(folder) if document["kind"] == kind)
+    return found
+
+
+def ray_spec(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return the RayCluster's spec inside a manifest of KubeRay's."""
+    spec: dict[str, Any] = manifest["spec"]
+    return spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
+
+
+def pods(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the pod templates of a manifest."""
+    if manifest["kind"] in RAY_KINDS:
+        spec = ray_spec(manifest)
+        yield spec["headGroupSpec"]["template"]
+        yield from (group["template"] for group in spec["workerGroupSpecs"])
+    elif "template" in manifest.get("spec", {}):
+        yield manifest["spec"]["template"]
