@@ -31,6 +31,7 @@ BLOCK = 512
 _ZEROS = bytes(BLOCK)
 _LOCAL_CHUNK = 4096  # a header and a caption at once; image payloads are skipped
 _TAIL = 1 << 20  # bytes after the end mark that are looked at; tar pads to 10 KiB by default
+_HEAD = 2048  # bytes of an image that tell copies: JPEG's tables, and some of its pixels
 _S3_CHUNK = 16 << 20  # a request costs ~50 ms: bytes are cheaper than round trips
 
 
@@ -74,14 +75,18 @@ class Group:
 
 @dataclass
 class Window:
-    """A file read forward in chunks."""
+    """A file read forward in chunks; the one before the last is kept.
+
+    A sample is looked at when the header after it has been seen: without the older chunk, one
+    that lies across two chunks would have the first one fetched again.
+    """
 
     store: Store
     name: str
     size: int
     chunk: int
-    _start: int = 0
-    _data: bytes = b""
+    _last: tuple[int, bytes] = (0, b"")
+    _before: tuple[int, bytes] = (0, b"")
 
     @classmethod
     def over(cls, store: Store, name: str, size: int) -> Window:
@@ -92,10 +97,13 @@ class Window:
         stop = min(stop, self.size)
         if start >= stop:
             return b""
-        if start < self._start or stop > self._start + len(self._data):
-            end = min(max(stop, start + self.chunk), self.size)
-            self._start, self._data = start, self.store.read(self.name, start, end)
-        return self._data[start - self._start : stop - self._start]
+        for first, data in (self._last, self._before):
+            if first <= start and stop <= first + len(data):
+                return data[start - first : stop - first]
+        end = min(max(stop, start + self.chunk), self.size)
+        data = self.store.read(self.name, start, end)
+        self._last, self._before = (start, data), self._last
+        return data[: stop - start]
 
 
 @dataclass
@@ -134,6 +142,9 @@ def scan_tar(path: str, store: Store, name: str, size: int, suffixes: Suffixes) 
             if len(scan.keys) % STRIDE == 0:
                 starts.append(group.start)
             scan.keys.append(group.key)
+            at, length = group.parts[_pick(group, suffixes.image)]
+            head = data.get(at, at + min(length, _HEAD))
+            scan.saw(group.key, length, head, *caption.texts)
             end = group.end
     except CutError as error:
         whole = len(scan.keys)
@@ -201,14 +212,11 @@ def groups(walk: Iterator[Member], suffixes: Suffixes, scan: Scan | None) -> Ite
     cut: CutError | None = None
     try:
         for member in walk:
-            folder, slash, base = member.name.rpartition("/")
-            stem, _, suffix = base.partition(".")
-            suffix = suffix.lower()
-            if suffix not in known or not stem:
+            key, suffix = key_of(member.name)
+            if suffix not in known or not key or key.endswith("/"):
                 if scan is not None:
                     scan.unknown_suffixes[suffix] += 1
                 continue
-            key = folder + slash + stem
             if group is None or group.key != key or suffix in group.parts:
                 if group is not None:
                     yield group
@@ -222,6 +230,13 @@ def groups(walk: Iterator[Member], suffixes: Suffixes, scan: Scan | None) -> Ite
         yield group
     if cut is not None:
         raise cut
+
+
+def key_of(name: str) -> tuple[str, str]:
+    """Split a member's name into the sample's key and the suffix, in lower case."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return folder + slash + stem, suffix.lower()
 
 
 def examine(group: Group, data: Bytes, suffixes: Suffixes) -> Caption:

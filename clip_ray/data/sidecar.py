@@ -1,0 +1,103 @@
+"""Sidecars: a tar's keys and captions from the table that img2dataset writes beside it.
+
+00000.parquet beside 00000.tar has a row for every download, in the order of the tar; the rows of
+status "success" are its samples (img2dataset's writer.py, WebDatasetSampleWriter). That is all an
+index needs but for the offsets, which `offsets` finds when a shard is first read. WebDataset's own
+sidecars (wids' shard index, `sizes.json`, `__len__`) hold counts and no keys: which samples are
+held out, or have a caption at all, cannot be told from them, so they are of no use here.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from clip_ray.config.schema import S3Options, SourceConfig
+from clip_ray.data.parquet import DamageError, open_parquet
+from clip_ray.data.samples import Scan, Suffixes, caption_of
+from clip_ray.data.tar import BLOCK, CutError, Window, key_of, members
+from clip_ray.data.tar import DamageError as TarDamageError
+from clip_ray.errors import DataError
+from clip_ray.storage import FileInfo, Store, open_store, split_uri
+
+_EVIDENCE = ("sha256", "url")  # columns that tell one download from another
+_START = 4096  # bytes of the tar that are fetched for its first header
+
+
+def scan_sidecar(
+    tar: FileInfo, sidecar: FileInfo, s3: S3Options | None, source: SourceConfig
+) -> Scan | None:
+    """Return what a scan of the tar would find, without offsets; None where it cannot be told.
+
+    Two short reads of the tar see that it is whole and begins with the sidecar's first sample.
+
+    Raises:
+        DataError: the tar has no end mark, or begins with another sample.
+        OSError: the store failed.
+    """
+    suffixes = Suffixes.of(source)
+    caption = _caption_column(source, suffixes)
+    begins, suffix = _check_tar(tar, open_store(split_uri(tar.path)[0], s3))
+    if caption is None or (source.image is not None and suffix not in suffixes.image):
+        return None
+    folder, name = split_uri(sidecar.path)
+    store = open_store(folder, s3)
+    scan = Scan()
+    first: str | None = None
+    try:
+        with open_parquet(store, name, sidecar.size) as file:
+            schema = file.schema_arrow
+            needed = ("key", "status", caption)
+            if any(n not in schema.names or not _is_text(schema.field(n).type) for n in needed):
+                return None
+            evidence = [column for column in _EVIDENCE if column in schema.names]
+            for group in range(file.num_row_groups):
+                for row in file.read_row_group(group, columns=[*needed, *evidence]).to_pylist():
+                    if row["status"] == "success":
+                        first = row["key"] if first is None else first
+                        # An absent caption is an empty .txt, and no entry of a .json.
+                        if row[caption] is None and suffixes.caption[0] == "txt":
+                            row[caption] = ""
+                        _add(scan, row, caption, evidence)
+    except DamageError:
+        return None
+    if begins != (first or ""):
+        raise DataError(
+            f"shard {tar.path}: begins with sample {begins!r}, and its sidecar {sidecar.path} "
+            f"with {first!r}; delete the sidecar if it belongs to another tar"
+        )
+    return scan
+
+
+def _caption_column(source: SourceConfig, suffixes: Suffixes) -> str | None:
+    """Return the column that holds what the tar's captions say; None where there is none."""
+    if source.caption is not None and source.caption.startswith("json:"):
+        return suffixes.json_keys[0]
+    # img2dataset writes a column "caption" where it writes .txt members.
+    return "caption" if suffixes.caption[0] == "txt" else None
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _add(scan: Scan, row: dict[str, str | None], column: str, evidence: list[str]) -> None:
+    caption = caption_of(row[column])
+    if caption.reason:
+        scan.skipped[caption.reason] += 1
+        return
+    key = str(row["key"])
+    scan.keys.append(key)
+    scan.saw(key, *caption.texts, *(str(row[name]) for name in evidence))
+
+
+def _check_tar(tar: FileInfo, store: Store) -> tuple[str, str]:
+    """Return key and suffix of a tar's first member, empty where it has none; see its end mark."""
+    name = split_uri(tar.path)[1]
+    if store.read(name, max(tar.size - 2 * BLOCK, 0), tar.size).strip(b"\0"):
+        raise DataError(f"shard {tar.path}: truncated: it has no end mark; re-copy it")
+    start = Window(store, name, tar.size, _START)
+    try:
+        member = next(members(start, 0, tar.size, complete=False), None)
+    except (CutError, TarDamageError) as error:
+        raise DataError(f"shard {tar.path}: no tar, or damaged: {error}; re-copy it") from error
+    return ("", "") if member is None else key_of(member.name)
