@@ -8,6 +8,8 @@ path up to the first dot of the file name, and its members lie side by side.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -33,6 +35,7 @@ _LOCAL_CHUNK = 4096  # a header and a caption at once; image payloads are skippe
 _TAIL = 1 << 20  # bytes after the end mark that are looked at; tar pads to 10 KiB by default
 _HEAD = 2048  # bytes of an image that tell copies: JPEG's tables, and some of its pixels
 _S3_CHUNK = 16 << 20  # a request costs ~50 ms: bytes are cheaper than round trips
+_S3_AHEAD = 2  # chunks on their way while one is walked: one connection gives ~50-100 MB/s
 
 
 class Bytes(Protocol):
@@ -75,10 +78,10 @@ class Group:
 
 @dataclass
 class Window:
-    """A file read forward in chunks; the one before the last is kept.
+    """A file of which pieces are read, going forward; the piece before the last is kept.
 
-    A sample is looked at when the header after it has been seen: without the older chunk, one
-    that lies across two chunks would have the first one fetched again.
+    A sample is looked at when the header after it has been seen: without the older piece, its
+    beginning would be read again.
     """
 
     store: Store
@@ -107,6 +110,45 @@ class Window:
 
 
 @dataclass
+class Stream:
+    """A file read as a whole, going forward, in chunks of which some are on their way."""
+
+    store: Store
+    name: str
+    size: int
+    chunk: int = _S3_CHUNK
+    _coming: dict[int, Future[bytes]] = field(default_factory=dict)
+    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1 + _S3_AHEAD))
+
+    def get(self, start: int, stop: int) -> bytes:  # noqa: D102 - see Bytes
+        stop = min(stop, self.size)
+        if start >= stop:
+            return b""
+        first, last = start // self.chunk, (stop - 1) // self.chunk
+        data = self._piece(first)
+        if last > first:
+            data = b"".join([data, *(self._piece(n) for n in range(first + 1, last + 1))])
+        return data[start - first * self.chunk : stop - first * self.chunk]
+
+    def _piece(self, number: int) -> bytes:
+        for wanted in range(number, min(number + _S3_AHEAD, (self.size - 1) // self.chunk) + 1):
+            if wanted not in self._coming:
+                self._coming[wanted] = self._pool.submit(self._fetch, wanted)
+        # As in a window, one piece back is asked for once in a while.
+        for old in [n for n in self._coming if n < number - 1]:
+            del self._coming[old]
+        return self._coming[number].result()
+
+    def _fetch(self, number: int) -> bytes:
+        start = number * self.chunk
+        return self.store.read(self.name, start, min(start + self.chunk, self.size))
+
+    def close(self) -> None:
+        """Drop what is on its way."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+@dataclass
 class Slab:
     """A part of a file that lies in memory."""
 
@@ -123,7 +165,13 @@ def scan_tar(path: str, store: Store, name: str, size: int, suffixes: Suffixes) 
     Raises:
         DataError: it is no tar, is damaged, or a sample's members do not lie side by side.
     """
-    data = Window.over(store, name, size)
+    if not store.uri.startswith("s3://"):
+        return _scan(path, Window.over(store, name, size), size, suffixes)
+    with closing(Stream(store, name, size)) as data:
+        return _scan(path, data, size, suffixes)
+
+
+def _scan(path: str, data: Bytes, size: int, suffixes: Suffixes) -> Scan:
     scan, starts, end = Scan(), [], 0
     seen: set[str] = set()
     try:
