@@ -92,9 +92,12 @@ class Scan:
 
     def saw(self, *parts: str | bytes | int) -> None:
         """Add to the hash by which copies of a shard are told, whatever their names."""
-        for part in parts:
-            data = part if isinstance(part, bytes) else str(part).encode(errors="backslashreplace")
-            self.content.update(len(data).to_bytes(8, "big") + data)
+        data = [
+            part if isinstance(part, bytes) else str(part).encode(errors="backslashreplace")
+            for part in parts
+        ]
+        lengths = " ".join([str(len(part)) for part in data])
+        self.content.update(b"".join([lengths.encode(), b"\n", *data]))
 
 
 def skip(places: Ints, left_out: Ints) -> Ints:

@@ -31,7 +31,7 @@ from clip_ray.storage import Store
 STRIDE = 8  # samples between recorded offsets: 1 byte a sample in the manifest
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
-_LOCAL_CHUNK = 4096  # a header and a caption at once; image payloads are skipped
+_LOCAL_CHUNK = 8192  # captions, the next header and the head of an image at once
 _TAIL = 1 << 20  # bytes after the end mark that are looked at; tar pads to 10 KiB by default
 _HEAD = 2048  # bytes of an image that tell copies: JPEG's tables, and some of its pixels
 _S3_CHUNK = 16 << 20  # a request costs ~50 ms: bytes are cheaper than round trips
@@ -100,9 +100,11 @@ class Window:
         stop = min(stop, self.size)
         if start >= stop:
             return b""
-        for first, data in (self._last, self._before):
-            if first <= start and stop <= first + len(data):
-                return data[start - first : stop - first]
+        first, data = self._last
+        if not first <= start <= stop <= first + len(data):
+            first, data = self._before
+        if first <= start <= stop <= first + len(data):
+            return data[start - first : stop - first]
         end = min(max(stop, start + self.chunk), self.size)
         data = self.store.read(self.name, start, end)
         self._last, self._before = (start, data), self._last
