@@ -96,7 +96,7 @@ def find_jobs(data: DataConfig) -> tuple[list[Job], tuple[Scope, ...], dict[str,
         settings = hashlib.sha256(json.dumps(rules).encode()).hexdigest()
         scopes.append(Scope(source, data.s3, kept_out, settings))
         files = expand(source.path, data.s3)
-        sidecars = _sidecars(files, data.s3)
+        sidecars = _sidecars(files, data.s3) if data.sidecars else {}
         for file in _without_metadata(files):
             if file.path in owner:
                 raise DataError(

@@ -95,7 +95,8 @@ def _walk(tar: Tar, suffixes: Suffixes, s3: S3Options | None) -> Found:
     if len(scan.keys) != tar.samples or digest_keys(scan.keys) != tar.keys:
         return Found(
             problem=f"its sidecar names {tar.samples} samples, the tar has {len(scan.keys)} "
-            "with other keys or captions; delete the sidecar and index again"
+            "with other keys or captions; delete the sidecar, or set data.sidecars: false, and "
+            "index again"
         )
     return Found(scan.offsets)
 

@@ -16,7 +16,6 @@ from clip_ray.data.parquet import DamageError, open_parquet
 from clip_ray.data.samples import Scan, Suffixes, caption_of
 from clip_ray.data.tar import BLOCK, CutError, Window, key_of, members
 from clip_ray.data.tar import DamageError as TarDamageError
-from clip_ray.errors import DataError
 from clip_ray.storage import FileInfo, Store, open_store, split_uri
 
 _EVIDENCE = ("sha256", "url")  # columns that tell one download from another
@@ -28,16 +27,18 @@ def scan_sidecar(
 ) -> Scan | None:
     """Return what a scan of the tar would find, without offsets; None where it cannot be told.
 
-    Two short reads of the tar see that it is whole and begins with the sidecar's first sample.
+    Two short reads of the tar see that it has an end mark and begins with the sidecar's first
+    sample; what does not is left to a scan, which says what is wrong.
 
     Raises:
-        DataError: the tar has no end mark, or begins with another sample.
         OSError: the store failed.
     """
     suffixes = Suffixes.of(source)
     caption = _caption_column(source, suffixes)
-    begins, suffix = _check_tar(tar, open_store(split_uri(tar.path)[0], s3))
-    if caption is None or (source.image is not None and suffix not in suffixes.image):
+    if caption is None:
+        return None
+    begins, suffix = _first_member(tar, open_store(split_uri(tar.path)[0], s3))
+    if source.image is not None and suffix not in suffixes.image:
         return None
     folder, name = split_uri(sidecar.path)
     store = open_store(folder, s3)
@@ -58,14 +59,9 @@ def scan_sidecar(
                         if row[caption] is None and suffixes.caption[0] == "txt":
                             row[caption] = ""
                         _add(scan, row, caption, evidence)
-    except DamageError:
+    except (DamageError, UnicodeDecodeError):
         return None
-    if begins != (first or ""):
-        raise DataError(
-            f"shard {tar.path}: begins with sample {begins!r}, and its sidecar {sidecar.path} "
-            f"with {first!r}; delete the sidecar if it belongs to another tar"
-        )
-    return scan
+    return scan if first is not None and begins == first else None
 
 
 def _caption_column(source: SourceConfig, suffixes: Suffixes) -> str | None:
@@ -90,14 +86,14 @@ def _add(scan: Scan, row: dict[str, str | None], column: str, evidence: list[str
     scan.saw(key, *caption.texts, *(str(row[name]) for name in evidence))
 
 
-def _check_tar(tar: FileInfo, store: Store) -> tuple[str, str]:
-    """Return key and suffix of a tar's first member, empty where it has none; see its end mark."""
+def _first_member(tar: FileInfo, store: Store) -> tuple[str, str]:
+    """Return key and suffix of a tar's first member; empty ones where its start or end is none."""
     name = split_uri(tar.path)[1]
-    if store.read(name, max(tar.size - 2 * BLOCK, 0), tar.size).strip(b"\0"):
-        raise DataError(f"shard {tar.path}: truncated: it has no end mark; re-copy it")
     start = Window(store, name, tar.size, _START)
+    if store.read(name, max(tar.size - 2 * BLOCK, 0), tar.size).strip(b"\0"):
+        return "", ""
     try:
         member = next(members(start, 0, tar.size, complete=False), None)
-    except (CutError, TarDamageError) as error:
-        raise DataError(f"shard {tar.path}: no tar, or damaged: {error}; re-copy it") from error
+    except (CutError, TarDamageError):
+        return "", ""
     return ("", "") if member is None else key_of(member.name)

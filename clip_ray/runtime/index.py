@@ -36,6 +36,7 @@ def index_data(data: DataConfig, store: Store, say: Callable[[str], None]) -> Ma
     earlier = read_earlier(store, data, say)
     with _Bar() as bar:
         manifest = build_manifest(data, _over_the_cluster, bar.show, earlier)
+    by_sidecar = int((manifest.offsets.lengths == 0).sum())
     skipped = ", ".join(f"{n} {reason}" for reason, n in manifest.skipped.items())
     held = len(manifest.holdout_items()[0])
     say(
@@ -44,6 +45,11 @@ def index_data(data: DataConfig, store: Store, say: Callable[[str], None]) -> Ma
         + (
             f"; {sum(manifest.invalid_utf8)} captions not UTF-8"
             if any(manifest.invalid_utf8)
+            else ""
+        )
+        + (
+            f"; {by_sidecar} tars by their sidecars, each streamed once by a node that reads it"
+            if by_sidecar
             else ""
         )
         + (

@@ -193,6 +193,7 @@ def _index_settings(config: Config) -> bytes:
         "holdout": data.holdout,
         "salvage": data.salvage,
         "copies": data.copies,
+        "sidecars": data.sidecars,
         "lists": [
             hashlib.sha256(open_store(folder, data.s3).read(name)).hexdigest()
             for folder, name in (split_uri(path) for path in lists if path)

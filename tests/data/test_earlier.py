@@ -4,12 +4,15 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from clip_ray.config import DataConfig, SourceConfig
 from clip_ray.data import indexing
@@ -263,3 +266,26 @@ def test_a_part_of_a_shard_that_changed_is_not_used(
 )
 def test_the_folder_of_a_source(path: str, folder: str) -> None:
     assert folder_of(path) == folder
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    rounds=st.lists(
+        st.dictionaries(st.sampled_from("abcde"), st.integers(0, 4)), min_size=1, max_size=4
+    )
+)
+def test_any_history_gives_what_an_index_from_nothing_does(rounds: list[dict[str, int]]) -> None:
+    """In each round some shards are written, with that many samples, or deleted (0 samples)."""
+    with tempfile.TemporaryDirectory() as place:
+        folder, store = Path(place) / "set", LocalStore(Path(place) / "run")
+        folder.mkdir()
+        write_tar(folder / "first.tar", pairs(3))
+        for number, changes in enumerate(rounds):
+            for name, count in changes.items():
+                path = folder / f"{name}.tar"
+                path.unlink(missing_ok=True)
+                if count:
+                    members = [(f"{name}{number}{n}", d) for n, d in pairs(count)]
+                    write_tar(path, [*members, ("x.txt", b"no image")])
+            data = config(folder, holdout=0.1)
+            assert index(data, store).to_bytes() == build_manifest(data).to_bytes()

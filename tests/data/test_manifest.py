@@ -24,6 +24,7 @@ from clip_ray.storage import open_store
 from tests.data.shard_files import cut, images, pairs, write_parquet, write_tar
 
 FORMAT_1_DIGEST = "d69a50a4b70695620b69111d06d5bb79eccffcc18af160e72f946366a9fab89b"
+FORMAT_1_OFFSETS = [0, 31232, 61952, 77824]  # the end in whole blocks: 77322 was written
 FORMAT_2_DIGEST = "272d99447f859fa6e20da0b269fc928d6cdebf24da4f714ecfff5847c09b52c2"
 
 
@@ -261,6 +262,8 @@ def test_format_1_is_read() -> None:
     assert built.skipped == {"empty-shard": 1, "missing-image": 2}
     assert built.evidence is None and built.same_keys() == []
     assert built.shard(0).keys == 0
+    assert built.shard(0).offsets.tolist() == FORMAT_1_OFFSETS
+    assert built.shard(2).offsets.tolist() == [0, 4, 7]
 
 
 def test_format_2_is_read() -> None:

@@ -14,6 +14,7 @@ from clip_ray.data.earlier import read_earlier
 from clip_ray.data.manifest import Manifest, build_manifest
 from clip_ray.data.report import report
 from clip_ray.data.shards import BadSample, Sample, read_ordinals, read_samples
+from clip_ray.data.sidecar import scan_sidecar
 from clip_ray.errors import DataError
 from clip_ray.storage import LocalStore, S3Store, Store, open_store
 from tests.data.shard_files import cut, jpeg, write_parquet, write_tar
@@ -189,7 +190,11 @@ def test_a_tar_that_does_not_fit_its_sidecar_is_void(
         ("#5", "sidecar-mismatch"),
         ("#2", "sidecar-mismatch"),
     ]
-    said = "do not lie side by side" if other == "members-apart" else "delete the sidecar and index"
+    said = (
+        "do not lie side by side"
+        if other == "members-apart"
+        else "delete the sidecar, or set data.sidecars: false"
+    )
     assert said in found[0].detail
     fetched["tar"] = 0  # known from now on, to the node's other processes too
     offsets.find_offsets.cache_clear()
@@ -219,18 +224,45 @@ def test_settings_that_a_sidecar_cannot_answer_walk_the_tar(
         build_manifest(config(store.uri, s3, **source))
 
 
-def test_a_foreign_or_truncated_tar_is_seen_at_once(
+def test_a_tar_that_begins_or_ends_otherwise_is_scanned(
     store: Store, s3: S3Options, tmp_path: Path
 ) -> None:
-    put(store, tmp_path, "00000", ROWS, [("other", *ROWS[0][1:]), *ROWS[1:]])
-    with pytest.raises(
-        DataError, match="begins with sample 'other', and its sidecar .*'000000000'"
-    ):
-        build_manifest(config(store.uri, s3))
+    foreign = [("other", *ROWS[0][1:]), *ROWS[1:]]
+    put(store, tmp_path, "00000", ROWS, foreign)
+    data = config(store.uri, s3)
+    built = build_manifest(data)
+    assert built.offsets.lengths.tolist() == [7]
+    assert read_samples(built.shard(0), data.sources[0], s3, 0, 1)[0].key == "other"
     put(store, tmp_path, "00000", ROWS)
     store.write("00000.tar", cut(tmp_path / "00000.tar", 20_000).read_bytes())
-    with pytest.raises(DataError, match="00000.tar: truncated: it has no end mark; re-copy it"):
-        build_manifest(config(store.uri, s3))
+    with pytest.raises(DataError, match="00000.tar: truncated after sample .* data.salvage"):
+        build_manifest(data)
+
+
+def test_sidecars_can_be_left_aside(
+    store: Store, s3: S3Options, tmp_path: Path, fetched: dict[str, int]
+) -> None:
+    put(store, tmp_path, "00000", ROWS)
+    data = config(store.uri, s3).model_copy(update={"sidecars": False})
+    assert build_manifest(data).offsets.lengths.tolist() == [7]
+    assert fetched["parquet"] == 0 < fetched["tar"]
+
+
+def test_a_rotten_sidecar_is_no_error(tmp_path: Path) -> None:
+    local = LocalStore(tmp_path / "set")
+    put(local, tmp_path, "00000", ROWS)
+    tar, whole = local.info("00000.tar"), local.read("00000.parquet")
+    source = SourceConfig(path="unused")
+    expected = scan_sidecar(tar, local.info("00000.parquet"), None, source)
+    assert expected is not None and len(expected.keys) == 46
+    rng, none = np.random.default_rng(0), 0
+    for _ in range(150):
+        rotten = bytearray(whole)
+        for at in rng.integers(0, len(whole), 5):
+            rotten[at] ^= 1 << int(rng.integers(8))
+        local.write("00000.parquet", bytes(rotten))
+        none += scan_sidecar(tar, local.info("00000.parquet"), None, source) is None
+    assert 0 < none < 150
 
 
 def test_a_changed_sidecar_is_read_again(
