@@ -10,7 +10,7 @@ import ray
 from tqdm import tqdm
 
 from clip_ray.config import DataConfig
-from clip_ray.data.earlier import BESIDE, folder_of, read_earlier
+from clip_ray.data.earlier import BESIDE, Earlier, folder_of, read_earlier
 from clip_ray.data.manifest import Manifest, build_manifest
 from clip_ray.errors import ClipRayError, ClusterError, ConfigError
 from clip_ray.storage import Store, open_store
@@ -36,28 +36,7 @@ def index_data(data: DataConfig, store: Store, say: Callable[[str], None]) -> Ma
     earlier = read_earlier(store, data, say)
     with _Bar() as bar:
         manifest = build_manifest(data, _over_the_cluster, bar.show, earlier)
-    by_sidecar = int((manifest.offsets.lengths == 0).sum())
-    skipped = ", ".join(f"{n} {reason}" for reason, n in manifest.skipped.items())
-    held = len(manifest.holdout_items()[0])
-    say(
-        f"indexed {len(manifest)} shards: {manifest.total} training samples, {held} held out"
-        + (f"; skipped: {skipped}" if skipped else "")
-        + (
-            f"; {sum(manifest.invalid_utf8)} captions not UTF-8"
-            if any(manifest.invalid_utf8)
-            else ""
-        )
-        + (
-            f"; {by_sidecar} tars by their sidecars, each streamed once by a node that reads it"
-            if by_sidecar
-            else ""
-        )
-        + (
-            f"; {earlier.kept} shards kept from an earlier index, {earlier.scanned} scanned"
-            if earlier.kept
-            else ""
-        )
-    )
+    say(_summary(manifest, earlier))
     for group in manifest.same_keys()[:_SHOWN]:
         names = ", ".join(manifest.paths.text(row) for row in group[:_SHOWN])
         more = f" and {len(group) - _SHOWN} more" if len(group) > _SHOWN else ""
@@ -66,6 +45,22 @@ def index_data(data: DataConfig, store: Store, say: Callable[[str], None]) -> Ma
             "cannot tell their samples apart"
         )
     return manifest
+
+
+def _summary(manifest: Manifest, earlier: Earlier) -> str:
+    held, by_sidecar = len(manifest.holdout_items()[0]), int((manifest.offsets.lengths == 0).sum())
+    parts = [
+        f"indexed {len(manifest)} shards: {manifest.total} training samples, {held} held out",
+    ]
+    if manifest.skipped:
+        parts.append(f"skipped: {', '.join(f'{n} {why}' for why, n in manifest.skipped.items())}")
+    if any(manifest.invalid_utf8):
+        parts.append(f"{sum(manifest.invalid_utf8)} captions not UTF-8")
+    if by_sidecar:
+        parts.append(f"{by_sidecar} tars by their sidecars, each streamed once by who reads it")
+    if earlier.kept:
+        parts.append(f"{earlier.kept} shards kept from an earlier index, {earlier.scanned} scanned")
+    return "; ".join(parts)
 
 
 def write_beside(data: DataConfig, manifest: Manifest) -> str:
