@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from clip_ray.config import S3Options
 from clip_ray.errors import ConfigError, DataError
 
+_FEW = 8  # files of one S3 folder that are asked for one by one
 _BRACE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -362,9 +363,10 @@ def expand(pattern: str, s3: S3Options | None = None) -> list[FileInfo]:
     """
     names = _braces(pattern)
     found: dict[str, FileInfo] = {}
-    for name in names:
-        for info in _matches(name, s3):
-            found[info.path] = info
+    for listed, wanted in _listings(names):
+        for info in _matches(listed, s3):
+            if wanted is None or info.path in wanted:
+                found[info.path] = info
     if not found:
         shown = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]} ({len(names)} names)"
         if not shown.startswith("s3://"):
@@ -387,6 +389,24 @@ def _braces(pattern: str) -> list[str]:
         for name in _braces(
             f"{pattern[: match.start()]}{number:0{len(first)}d}{pattern[match.end() :]}"
         )
+    ]
+
+
+def _listings(names: list[str]) -> list[tuple[str, set[str] | None]]:
+    """Return what to list, each with the names that are wanted of it; none = all.
+
+    Many shards of one S3 folder are one listing, of 1,000 names a request: a request a shard
+    would take an hour for 100,000 of them.
+    """
+    folders: dict[str, set[str]] = {}
+    for name in names:
+        if name.startswith("s3://") and _is_shard(name) and not any(c in name for c in "*?["):
+            folders.setdefault(split_uri(name)[0], set()).add(name)
+    many = {folder: wanted for folder, wanted in folders.items() if len(wanted) > _FEW}
+    listed = set().union(*many.values())
+    return [
+        *((f"{folder}/*", wanted) for folder, wanted in many.items()),
+        *((name, None) for name in names if name not in listed),
     ]
 
 

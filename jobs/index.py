@@ -1,7 +1,9 @@
 """Index shards and look at them before any GPU hour: `jobs/index.py --data.sources PATH --report`.
 
 Takes the same settings as jobs/pretrain.py. The manifest goes into the run's directory, where
-jobs/pretrain.py with the same run.name, sources and hold-out finds it.
+jobs/pretrain.py with the same run.name, sources and hold-out finds it; with --beside also into the
+directory of the first source, where every run finds what it holds. Shards that are known from
+either place, or from an index that was interrupted, are not read again.
 """
 
 import sys
@@ -16,9 +18,10 @@ from clip_ray.errors import ClipRayError  # noqa: E402
 def main(argv: list[str]) -> int:
     """Index, and report where asked to; return the exit status."""
     wants_report = "--report" in argv
-    argv = [argument for argument in argv if argument != "--report"]
+    beside = "--beside" in argv
+    argv = [argument for argument in argv if argument not in ("--report", "--beside")]
     if {"-h", "--help"} & set(argv):
-        print(__doc__, "\nusage: jobs/index.py [--report] [settings]\n", sep="\n")
+        print(__doc__, "\nusage: jobs/index.py [--report] [--beside] [settings]\n", sep="\n")
     try:
         config = load_config(
             argv,
@@ -28,7 +31,7 @@ def main(argv: list[str]) -> int:
         )
         from clip_ray.runtime.jobs import index_job
 
-        index_job(config, wants_report)
+        index_job(config, wants_report, beside)
     except ClipRayError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from clip_ray import storage
 from clip_ray.config import S3Options
 from clip_ray.errors import ConfigError, DataError
 from clip_ray.storage import LocalStore, Store, digest_bytes, expand, open_store, split_uri
@@ -165,3 +166,29 @@ def test_split_uri() -> None:
     assert split_uri("/a/b.tar") == ("/a", "b.tar")
     assert split_uri("s3://bucket/a/b.tar") == ("s3://bucket/a", "b.tar")
     assert split_uri("/b.tar") == ("/", "b.tar")
+
+
+def test_many_shards_of_an_s3_folder_are_one_listing(
+    s3: S3Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store("s3://bucket/many", s3)
+    for number in (*range(12), 20, 21):
+        store.write(f"{number:05d}.tar", b"x")
+    store.write("00000.parquet", b"x")
+    store.write("other.tar", b"x")
+    store.write("below/00003.tar", b"x")
+    listed = []
+    plain = storage._matches
+    monkeypatch.setattr(storage, "_matches", lambda n, o: listed.append(n) or plain(n, o))
+    found = expand("s3://bucket/many/{00000..00020}.tar", s3)
+    assert [f.path for f in found] == [
+        f"s3://bucket/many/{number:05d}.tar" for number in (*range(12), 20)
+    ]
+    assert listed == ["s3://bucket/many/*"]
+    assert found[0] == store.info("00000.tar")
+    assert [f.path for f in expand("s3://bucket/many/{00003..00005}.tar", s3)] == [
+        f"s3://bucket/many/0000{number}.tar" for number in (3, 4, 5)
+    ]
+    assert len(listed) == 4
+    with pytest.raises(DataError, match=r"no shard matches .*\(20 names\)"):
+        expand("s3://bucket/many/no-{00000..00019}.tar", s3)

@@ -128,6 +128,10 @@ class DataConfig(Section):
         None, description="file of sample keys never to train on, one a line (take-downs)"
     )
     salvage: bool = Field(False, description="take the whole samples of truncated shards")
+    sidecars: bool = Field(
+        True, description="index tars on S3 by the tables that img2dataset writes beside them"
+    )
+    copies: bool = Field(False, description="train on shards that are copies of others, too")
     max_bad_fraction: Fraction = Field(
         0.05, description="share of undecodable samples that stops the run"
     )

@@ -169,7 +169,12 @@ def _scan_group(
             bad.append(first + row)
         else:
             scan.keys.append(keys[row])
+            scan.saw(keys[row] if columns.key else "", *caption.texts)
             scan.invalid_utf8 += caption.replaced_utf8
+    meta = file.metadata.row_group(group)
+    for number in range(meta.num_columns):
+        if meta.column(number).path_in_schema == columns.image:
+            scan.saw(meta.column(number).total_compressed_size)
     return bad
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass, field
@@ -77,6 +78,7 @@ class Scan:
         invalid_utf8: number of valid samples whose caption is no valid UTF-8.
         truncated: where the shard breaks off; empty where it does not.
         unknown_suffixes: members whose suffix is none of the source's, counted.
+        content: a running hash of what the pass saw of the valid samples; see `saw`.
     """
 
     keys: list[str] = field(default_factory=list)
@@ -86,6 +88,16 @@ class Scan:
     invalid_utf8: int = 0
     truncated: str = ""
     unknown_suffixes: Counter[str] = field(default_factory=Counter)
+    content: hashlib.blake2b = field(default_factory=lambda: hashlib.blake2b(digest_size=8))
+
+    def saw(self, *parts: str | bytes | int) -> None:
+        """Add to the hash by which copies of a shard are told, whatever their names."""
+        data = [
+            part if isinstance(part, bytes) else str(part).encode(errors="backslashreplace")
+            for part in parts
+        ]
+        lengths = " ".join([str(len(part)) for part in data])
+        self.content.update(b"".join([lengths.encode(), b"\n", *data]))
 
 
 def skip(places: Ints, left_out: Ints) -> Ints:
@@ -136,6 +148,12 @@ def caption_in_json(data: bytes, keys: tuple[str, ...]) -> Caption:
             caption = caption_of(found[key])
             return Caption(caption.texts, replaced and not caption.reason, caption.reason)
     return Caption(reason="missing-caption")
+
+
+def digest_keys(keys: list[str]) -> int:
+    """Return a 64-bit digest of a shard's keys, in order."""
+    text = "\0".join(keys).encode(errors="backslashreplace")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
 def _suffix(name: str) -> str:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from clip_ray.config.schema import S3Options, SourceConfig
+from clip_ray.data.offsets import Tar, find_offsets
 from clip_ray.data.parquet import read_parquet, scan_parquet
 from clip_ray.data.quarantine import BadSample
-from clip_ray.data.samples import Ints, Sample, Scan, Suffixes
+from clip_ray.data.samples import Ints, Sample, Scan, Suffixes, digest_keys
+from clip_ray.data.sidecar import scan_sidecar
 from clip_ray.data.tar import STRIDE, Slab, ranges, read_tar, scan_tar
 from clip_ray.errors import DataError
 from clip_ray.storage import FileInfo, Store, open_store, split_uri
@@ -49,10 +51,12 @@ class Shard:
         size: bytes.
         version: ETag or modification time when it was indexed.
         samples: number of valid samples.
-        offsets: tar: the byte where every STRIDE-th valid sample begins, then the end of the last;
+        offsets: tar: the byte where every STRIDE-th valid sample begins, then the end of the last,
+            or nothing where a sidecar was indexed: they are found when the shard is first read;
             Parquet: the first row of every row group, then the number of rows.
         rows_skipped: Parquet: the rows that are no valid sample, sorted.
         source: index of its source in data.sources; set by the manifest.
+        keys: digest of the valid samples' keys, in order.
     """
 
     path: str
@@ -63,6 +67,7 @@ class Shard:
     offsets: Ints
     rows_skipped: Ints
     source: int = 0
+    keys: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,8 @@ class ShardIndex:
         invalid_utf8: number of valid samples whose caption is no valid UTF-8.
         truncated: "truncated after sample i of at least n (where)"; empty for a whole shard.
         unknown_suffixes: tar: members of no known suffix, counted.
+        content: 64-bit digest of what the index saw of the samples: equal in copies.
+        sidecar: size and version of the sidecar that was at hand; empty without one.
     """
 
     shard: Shard
@@ -86,6 +93,8 @@ class ShardIndex:
     invalid_utf8: int = 0
     truncated: str = ""
     unknown_suffixes: dict[str, int] = field(default_factory=dict)
+    content: int = 0
+    sidecar: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,12 +113,17 @@ class IndexOptions:
 
 
 def index_shard(
-    file: FileInfo, source: SourceConfig, s3: S3Options | None, options: IndexOptions
+    file: FileInfo,
+    source: SourceConfig,
+    s3: S3Options | None,
+    options: IndexOptions,
+    sidecar: FileInfo | None = None,
 ) -> ShardIndex:
     """Index one shard in one pass.
 
-    Local tars are walked header by header, S3 tars streamed in large ranges, Parquet files are
-    read by their footers, captions and keys.
+    Local tars are walked header by header, Parquet files are read by their footers, captions and
+    keys. Of an S3 tar with a sidecar that names its samples, the sidecar is read; without one it
+    is streamed in large ranges.
 
     Raises:
         DataError: the shard is damaged, changes meanwhile, or lacks a column. A truncated tar is
@@ -124,7 +138,8 @@ def index_shard(
     elif kind == PARQUET:
         scan = scan_parquet(file.path, store, name, file.size, source)
     else:
-        scan = scan_tar(file.path, store, name, file.size, Suffixes.of(source))
+        known = scan_sidecar(file, sidecar, s3, source) if sidecar is not None else None
+        scan = known or scan_tar(file.path, store, name, file.size, Suffixes.of(source))
     now = store.info(name)
     if (now.size, now.version) != (file.size, file.version):
         raise DataError(f"shard {file.path}: changed while it was indexed; index it when written")
@@ -132,7 +147,14 @@ def index_shard(
         scan.skipped["empty-shard"] = 1
     held, holdout = _held(scan.keys, options)
     shard = Shard(
-        file.path, kind, file.size, file.version, len(scan.keys), scan.offsets, scan.rows_skipped
+        file.path,
+        kind,
+        file.size,
+        file.version,
+        len(scan.keys),
+        scan.offsets,
+        scan.rows_skipped,
+        keys=digest_keys(scan.keys),
     )
     return ShardIndex(
         shard,
@@ -141,8 +163,15 @@ def index_shard(
         dict(sorted(scan.skipped.items())),
         scan.invalid_utf8,
         scan.truncated,
-        dict(scan.unknown_suffixes.most_common(5)),
+        dict(sorted(scan.unknown_suffixes.most_common(5))),
+        int.from_bytes(scan.content.digest(), "big"),
+        identity(sidecar),
     )
+
+
+def identity(file: FileInfo | None) -> str:
+    """Return size and version of a file as one text; empty for none."""
+    return "" if file is None else f"{file.size} {file.version}"
 
 
 def fraction_of(key: str) -> float:
@@ -202,6 +231,13 @@ def read_ordinals(
                 f"indexed with {shard.size} bytes, version {shard.version}; now {now.size} bytes, "
                 f"version {now.version}",
             )
+        suffixes = Suffixes.of(source)
+        if shard.kind == TAR and not len(shard.offsets):
+            tar = Tar(shard.path, shard.size, shard.version, shard.samples, shard.keys)
+            late = find_offsets(tar, suffixes, s3)
+            if late.problem:
+                return _all_bad(shard, ordinals, "sidecar-mismatch", late.problem)
+            shard = replace(shard, offsets=late.offsets)
         found = _read(shard, source, store, name, ordered)
     except FileNotFoundError:
         return _all_bad(shard, ordinals, "shard-missing", "it is there no more")

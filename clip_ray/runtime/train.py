@@ -135,7 +135,7 @@ def pretrain(config: Config, command: list[str], say: Say = print) -> Ended:
             stop.own()
             stop.lease_lost = lease_lost
             check_storage(config.run.storage, tracking_uri)
-            run = prepare(store, config, lambda: index_data(config.data, say), say)
+            run = prepare(store, config, lambda: index_data(config.data, store, say), say)
             if config.init.weights is not None and not Checkpoints(store).commits():
                 _, digest = initial_weights(
                     run.config, run.tokenizer, store

@@ -20,6 +20,7 @@ from clip_ray.config import Config
 from clip_ray.config.load import dump_config, flatten
 from clip_ray.data.blocks import BlockReader, Layout
 from clip_ray.data.captions import training_captions
+from clip_ray.data.earlier import MANIFEST, PARTS
 from clip_ray.data.manifest import Manifest
 from clip_ray.data.plan import Plan, default_sizes
 from clip_ray.data.prepare import sparse_sources
@@ -175,15 +176,16 @@ def prepare(
 
 def read_manifest(store: Store) -> Manifest | None:
     """Return the run's manifest; None before it is built."""
-    if not store.exists("manifest.parquet"):
+    if not store.exists(MANIFEST):
         return None
-    return Manifest.from_bytes(store.read("manifest.parquet"))
+    return Manifest.from_bytes(store.read(MANIFEST))
 
 
 def write_manifest(store: Store, manifest: Manifest, config: Config) -> None:
-    """Write a run's manifest, and beside it the settings that it was built with."""
-    store.write("manifest.parquet", manifest.to_bytes())
+    """Write a run's manifest and the settings that it was built with; drop the index's parts."""
+    store.write(MANIFEST, manifest.to_bytes())
     store.write("manifest.json", _index_settings(config))
+    store.delete(PARTS)
 
 
 def _index_settings(config: Config) -> bytes:
@@ -194,6 +196,8 @@ def _index_settings(config: Config) -> bytes:
         "sources": [source.model_dump(exclude={"weight", "max_passes"}) for source in data.sources],
         "holdout": data.holdout,
         "salvage": data.salvage,
+        "copies": data.copies,
+        "sidecars": data.sidecars,
         "lists": [
             hashlib.sha256(open_store(folder, data.s3).read(name)).hexdigest()
             for folder, name in (split_uri(path) for path in lists if path)
@@ -204,7 +208,7 @@ def _index_settings(config: Config) -> bytes:
 
 def _is_indexed(store: Store, config: Config) -> bool:
     """Tell whether jobs/index.py has left the manifest of exactly these settings."""
-    if not store.exists("manifest.json") or not store.exists("manifest.parquet"):
+    if not store.exists("manifest.json") or not store.exists(MANIFEST):
         return False
     try:
         return store.read("manifest.json") == _index_settings(config)

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import pickle
+import shutil
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,9 @@ import pytest
 
 from clip_ray.config import DataConfig, S3Options, SourceConfig
 from clip_ray.data import manifest as manifests
-from clip_ray.data.manifest import Job, Manifest, Outcome, build_manifest, run_job
+from clip_ray.data.indexing import Job, Outcome
+from clip_ray.data.manifest import Manifest, build_manifest, equals
+from clip_ray.data.plan import Plan
 from clip_ray.data.quarantine import BadSample, summarise
 from clip_ray.data.samples import skip
 from clip_ray.data.shards import Sample, fraction_of, read_ordinals
@@ -19,6 +24,8 @@ from clip_ray.storage import open_store
 from tests.data.shard_files import cut, images, pairs, write_parquet, write_tar
 
 FORMAT_1_DIGEST = "d69a50a4b70695620b69111d06d5bb79eccffcc18af160e72f946366a9fab89b"
+FORMAT_1_OFFSETS = [0, 31232, 61952, 77824]  # the end in whole blocks: 77322 was written
+FORMAT_2_DIGEST = "272d99447f859fa6e20da0b269fc928d6cdebf24da4f714ecfff5847c09b52c2"
 
 
 def config(*paths: Path | str, **options: object) -> DataConfig:
@@ -47,7 +54,7 @@ def test_counts_shards_and_what_is_skipped(folder: Path) -> None:
     assert len(built) == 2 and built.total == 27
     assert built.train_counts.tolist() == [20, 7]
     assert built.skipped == {"empty-shard": 1, "missing-image": 1}
-    assert calls == [(1, 3), (2, 3), (3, 3)]
+    assert calls == [(0, 3), (1, 3), (2, 3), (3, 3)]
     (row,) = built.by_source()
     assert (row["path"], row["shards"], row["samples"], row["train"]) == (str(folder), 2, 27, 27)
     shard = built.shard(1)
@@ -55,9 +62,10 @@ def test_counts_shards_and_what_is_skipped(folder: Path) -> None:
 
 
 def test_order_of_the_map_does_not_matter(folder: Path) -> None:
-    def backwards(function: object, jobs: list[Job]) -> list[Outcome]:
+    def backwards(function: Callable[[Job], Outcome], jobs: list[Job]) -> list[Outcome]:
         # As a remote function would: through pickle, in any order.
-        return [pickle.loads(pickle.dumps(run_job(job))) for job in reversed(jobs)]
+        function = pickle.loads(pickle.dumps(function))
+        return [pickle.loads(pickle.dumps(function(job))) for job in reversed(jobs)]
 
     data = config(folder, holdout=0.2)
     assert same(build_manifest(data), build_manifest(data, backwards))
@@ -169,12 +177,54 @@ def test_what_cannot_be_trained_on_is_refused(folder: Path, tmp_path: Path) -> N
 def test_an_img2dataset_folder_is_read_as_it_lies(tmp_path: Path) -> None:
     # Beside each tar lie its metadata and statistics.
     for number in range(2):
-        write_tar(tmp_path / f"0000{number}.tar", pairs(5))
+        write_tar(tmp_path / f"0000{number}.tar", pairs(5 + number))
         metadata = {"key": pa.array(["00000"]), "url": pa.array(["x"]), "caption": pa.array(["y"])}
         write_parquet(tmp_path / f"0000{number}.parquet", metadata)
         (tmp_path / f"0000{number}_stats.json").write_text("{}")
     built = build_manifest(config(tmp_path))
-    assert len(built) == 2 and built.total == 10 and built.skipped == {}
+    assert len(built) == 2 and built.total == 11 and built.skipped == {}
+
+
+def test_a_copy_is_refused_by_name_or_accepted(folder: Path) -> None:
+    copy = shutil.copy(folder / "00000.tar", folder / "00007.tar")
+    with pytest.raises(DataError) as caught:
+        build_manifest(config(folder))
+    first = str(folder / "00000.tar")
+    assert str(caught.value).startswith(f"shard {copy}: the same samples as in {first}; delete one")
+    built = build_manifest(config(folder, copies=True))
+    assert built.total == 47 and built.same_keys() == [[0, 2]]
+
+
+@pytest.mark.parametrize("what", ["pixels", "caption", "key"])
+def test_what_differs_in_one_sample_is_no_copy(folder: Path, what: str) -> None:
+    members = pairs(20)
+    if what == "pixels":  # of the same length: sizes alone would not tell
+        name, image = members[10]
+        rest = bytearray(image)
+        rest[min(len(rest), 2048) - 10] ^= 1
+        members[10] = (name, bytes(rest))
+    elif what == "caption":
+        members[11] = (members[11][0], b"caption 6")
+    else:
+        members[10], members[11] = (("z.jpg", members[10][1]), ("z.txt", members[11][1]))
+    write_tar(folder / "00007.tar", members)
+    built = build_manifest(config(folder))
+    assert built.same_keys() == ([] if what == "key" else [[0, 2]])
+
+
+def test_copies_of_parquet_files_are_told(tmp_path: Path) -> None:
+    for name, order in (("a", images(6)), ("b", images(6)), ("c", images(7)[1:])):
+        table = {"jpg": pa.array(order), "txt": pa.array(["x"] * 6)}
+        write_parquet(tmp_path / f"{name}.parquet", table)
+    with pytest.raises(DataError, match="b.parquet: the same samples as in .*a.parquet") as caught:
+        build_manifest(config(tmp_path))
+    assert "c.parquet" not in str(caught.value)
+
+
+def test_equal_rows() -> None:
+    a, b = np.array([3, 1, 3, 1, 3], np.uint64), np.array([0, 0, 0, 5, 0], np.uint64)
+    assert equals(a, b) == [[0, 2, 4]] and equals(a) == [[0, 2, 4], [1, 3]]
+    assert equals(np.zeros(0, np.uint64)) == []
 
 
 def test_unknown_columns_are_an_error_of_the_shard(tmp_path: Path) -> None:
@@ -196,10 +246,10 @@ def test_a_newer_or_foreign_or_damaged_file_is_refused(
     pq.write_table(table.slice(1), sink)
     with pytest.raises(DataError, match="it is damaged: index again"):
         Manifest.from_bytes(sink.getvalue().to_pybytes())
-    monkeypatch.setattr(manifests, "FORMAT", 2)
-    newer = build_manifest(config(folder)).to_bytes()
-    monkeypatch.setattr(manifests, "FORMAT", 1)
-    with pytest.raises(DataError, match="has format 2, this code reads up to 1"):
+    with monkeypatch.context() as patch:
+        patch.setattr(manifests, "FORMAT", 3)
+        newer = build_manifest(config(folder)).to_bytes()
+    with pytest.raises(DataError, match="has format 3, this code reads up to 2"):
         Manifest.from_bytes(newer)
 
 
@@ -210,6 +260,20 @@ def test_format_1_is_read() -> None:
     assert built.train_counts.tolist() == [17, 6, 6] and built.total == 29
     assert built.digest == FORMAT_1_DIGEST
     assert built.skipped == {"empty-shard": 1, "missing-image": 2}
+    assert built.evidence is None and built.same_keys() == []
+    assert built.shard(0).keys == 0
+    assert built.shard(0).offsets.tolist() == FORMAT_1_OFFSETS
+    assert built.shard(2).offsets.tolist() == [0, 4, 7]
+
+
+def test_format_2_is_read() -> None:
+    # Written by the first version of format 2; never to be regenerated.
+    data = (Path(__file__).parent / "manifest-2.parquet").read_bytes()
+    built = Manifest.from_bytes(data)
+    assert built.train_counts.tolist() == [17, 6, 6] and built.total == 29
+    assert built.digest == FORMAT_2_DIGEST
+    assert built.index(1).skipped == {"missing-image": 1}
+    assert [entry["path"] for entry in built.evidence.empty] == ["/tmp/set2/00002.tar"]
 
 
 def test_sources_on_s3_and_key_lists_there(folder: Path, s3: S3Options) -> None:
@@ -234,3 +298,15 @@ def test_a_summary_names_the_top_reasons_with_examples() -> None:
         "1 for 1 other reasons"
     )
     assert summarise([]) == ""
+
+
+def test_a_plan_holds_at_most_64_bytes_a_shard() -> None:
+    shards = 20_000
+    counts, sources = np.full(shards, 1000), np.arange(shards) // (shards // 2)
+    for weights in (None, (1.0, 3.0)):
+        tracemalloc.start()
+        plan = Plan(counts, sources, weights=weights, seed=0, global_batch=4096, slot=64, window=8)
+        held, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert 0 < held <= 64 * shards
+        assert len(plan.step_rows(1).shard) == 4096

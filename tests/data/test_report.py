@@ -64,7 +64,7 @@ def test_a_limited_report_is_spread_over_all_shards(tmp_path: Path) -> None:
     data = data_of(tmp_path)
     manifest = build_manifest(data)
     for limit in (1, 9, 30, 99, 100, 1000):
-        spread = list(reports._spread(manifest, min(limit, 100)))
+        spread = list(reports._spread(manifest.train_counts, min(limit, 100)))
         places = [(shard, p) for shard, some in spread for p in some.tolist()]
         assert len(places) == len(set(places)) == min(limit, 100)
     found = report(manifest, data, limit=30)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -15,7 +16,10 @@ from hypothesis import strategies as st
 
 from clip_ray.config import S3Options, SourceConfig
 from clip_ray.data import shards
+from clip_ray.data import tar as tars
+from clip_ray.data.samples import Suffixes
 from clip_ray.data.shards import STRIDE, BadSample, IndexOptions, Sample, Shard, ShardIndex
+from clip_ray.data.tar import Stream, scan_tar
 from clip_ray.errors import DataError
 from clip_ray.storage import FileInfo, LocalStore, expand, open_store
 from tests.data.shard_files import cut, images, jpeg, pairs, write_parquet, write_tar
@@ -497,3 +501,45 @@ def test_a_changed_or_deleted_s3_shard_is_void(tmp_path: Path, s3: S3Options) ->
     store.delete("a.tar")
     reasons = {b.reason for b in shards.read_samples(shard, SOURCE, s3, 0, 3)}
     assert reasons == {"shard-missing"}
+
+
+class _Counting:
+    """A store that is one file on S3, and keeps the ranges that were read."""
+
+    uri = "s3://bucket/x"
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.reads = data, []
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        self.reads.append((start, stop))
+        return self.data[start:stop]
+
+
+@pytest.mark.parametrize("chunk", [700, 20_000, 10**6])
+def test_a_tar_is_streamed_once(tmp_path: Path, chunk: int) -> None:
+    # Captions before images, too: they are looked at when the image's end has been seen.
+    members = [*pairs(30), *((f"x{n}", d) for n, d in reversed(pairs(10)))]
+    path = write_tar(tmp_path / "a.tar", members)
+    store = _Counting(path.read_bytes())
+    size = len(store.data)
+    with contextlib.closing(Stream(store, "a.tar", size, chunk)) as data:
+        found = tars._scan(str(path), data, size, Suffixes.of(SOURCE))
+    expected = scan_tar(str(path), LocalStore(tmp_path), "a.tar", size, Suffixes.of(SOURCE))
+    assert found.keys == expected.keys and found.offsets.tolist() == expected.offsets.tolist()
+    assert found.content.digest() == expected.content.digest()
+    if chunk > 700:  # smaller than a member is not what a chunk is
+        assert sorted(store.reads) == [(at, min(at + chunk, size)) for at in range(0, size, chunk)]
+
+
+def test_a_stream_that_fails_says_so_and_ends(tmp_path: Path) -> None:
+    class Failing(_Counting):
+        def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+            if start:
+                raise OSError(5, "Input/output error")
+            return super().read(name, start, stop)
+
+    store = Failing(write_tar(tmp_path / "a.tar", pairs(30)).read_bytes())
+    with pytest.raises(OSError, match="Input/output error"):
+        with contextlib.closing(Stream(store, "a.tar", len(store.data), 4096)) as data:
+            tars._scan("a.tar", data, len(store.data), Suffixes.of(SOURCE))

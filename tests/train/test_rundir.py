@@ -262,7 +262,7 @@ def test_weights_reach_the_plan(tmp_path: Path) -> None:
     """Source weights 3 and 1 of equal sets: three quarters of the samples are of the first."""
     paths = [write_tar(tmp_path / f"{name}.tar", pairs(16)) for name in "ab"]
     sources = [{"path": str(path), "weight": w} for path, w in zip(paths, (3, 1), strict=True)]
-    made = config({"data.sources": sources, "data.holdout": 0.0})
+    made = config({"data.sources": sources, "data.holdout": 0.0, "data.copies": True})
     assert made.data.sources == (
         SourceConfig(path=str(paths[0]), weight=3),
         SourceConfig(path=str(paths[1]), weight=1),

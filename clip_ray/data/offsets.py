@@ -1,0 +1,161 @@
+"""Offsets found late: a tar that was indexed from its sidecar is walked when it is first read.
+
+The task that comes first streams the whole tar, checks that its samples are those that the
+sidecar named, and leaves the offsets in the temporary directory (about a byte a sample), where
+every process of the node finds them. A tar that does not fit its sidecar is remembered too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from clip_ray.config.schema import S3Options
+from clip_ray.data.samples import Ints, Suffixes, digest_keys
+from clip_ray.data.tar import STRIDE, scan_tar
+from clip_ray.errors import DataError
+from clip_ray.storage import open_store, split_uri
+
+FORMAT = 1
+LOCK_S = 600.0  # a shard of 10 GB at 20 MB/s; who waited longer walks the shard itself
+_IN_MEMORY = 1024  # shards; 10 kB each at 10,000 samples
+_POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class Tar:
+    """A tar as its sidecar described it.
+
+    Attributes:
+        path: full path or s3:// URI.
+        size: bytes.
+        version: ETag or modification time when it was indexed.
+        samples: number of valid samples.
+        keys: `digest_keys` of them.
+    """
+
+    path: str
+    size: int
+    version: str
+    samples: int
+    keys: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a tar's samples are (see `Shard.offsets`), or what is wrong with it."""
+
+    offsets: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    problem: str = ""
+
+
+@functools.lru_cache(maxsize=_IN_MEMORY)
+def find_offsets(tar: Tar, suffixes: Suffixes, s3: S3Options | None) -> Found:
+    """Return a tar's offsets: from this process, from this node, or from the tar itself.
+
+    Raises:
+        OSError: the store failed.
+    """
+    name = json.dumps([FORMAT, STRIDE, asdict(tar), asdict(suffixes)])
+    folder = _folder()
+    if folder is None:
+        return _walk(tar, suffixes, s3)
+    path = folder / f"{hashlib.sha256(name.encode()).hexdigest()}.json"
+    found = _load(path, tar)
+    if found is not None:
+        return found
+    with _locked(path.with_suffix(".lock")):
+        found = _load(path, tar)
+        if found is None:
+            found = _walk(tar, suffixes, s3)
+            _save(path, found)
+    return found
+
+
+def _walk(tar: Tar, suffixes: Suffixes, s3: S3Options | None) -> Found:
+    folder, name = split_uri(tar.path)
+    try:
+        scan = scan_tar(tar.path, open_store(folder, s3), name, tar.size, suffixes)
+    except DataError as error:
+        return Found(problem=str(error))
+    if scan.truncated:
+        return Found(problem=scan.truncated)
+    if len(scan.keys) != tar.samples or digest_keys(scan.keys) != tar.keys:
+        return Found(
+            problem=f"its sidecar names {tar.samples} samples, the tar has {len(scan.keys)} "
+            "with other keys or captions; delete the sidecar, or set data.sidecars: false, and "
+            "index again"
+        )
+    return Found(scan.offsets)
+
+
+def _folder() -> Path | None:
+    """Return this user's directory for offsets; None where there can be none."""
+    folder = Path(tempfile.gettempdir()) / f"clip-ray-offsets-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        # In a directory that all may write to, the name may be somebody else's.
+        return folder if folder.stat().st_uid == os.getuid() else None
+    except OSError:
+        return None
+
+
+def _load(path: Path, tar: Tar) -> Found | None:
+    try:
+        content = json.loads(path.read_bytes())
+        offsets = np.array(content["offsets"], np.int64)
+        problem = str(content["problem"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if problem:
+        return Found(problem=problem)
+    expected = -(-tar.samples // STRIDE) + 1
+    if len(offsets) != expected or (np.diff(offsets) <= 0).any() or offsets[-1] > tar.size:
+        return None
+    return Found(offsets)
+
+
+def _save(path: Path, found: Found) -> None:
+    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
+    # A full disk costs another walk, no run.
+    with contextlib.suppress(OSError):
+        try:
+            temporary.write_text(
+                json.dumps({"offsets": found.offsets.tolist(), "problem": found.problem})
+            )
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock that this node's processes share; go on without it after LOCK_S."""
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+    except OSError:
+        yield
+        return
+    try:
+        deadline = time.monotonic() + LOCK_S
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(_POLL_S)
+        yield
+    finally:
+        os.close(descriptor)

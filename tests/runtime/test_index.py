@@ -1,0 +1,103 @@
+"""Indexing through Ray, and what it says."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clip_ray.config import DataConfig, SourceConfig
+from clip_ray.data.earlier import BESIDE
+from clip_ray.data.manifest import build_manifest
+from clip_ray.errors import ConfigError
+from clip_ray.runtime import index
+from clip_ray.runtime.index import index_data, write_beside
+from clip_ray.storage import LocalStore
+from tests.data.shard_files import pairs, write_tar
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def shards(folder: Path, numbers: range) -> None:
+    folder.mkdir(exist_ok=True)
+    for number in numbers:
+        members = [(f"{number}-{name}", data) for name, data in pairs(3)]
+        write_tar(folder / f"{number:05d}.tar", members)
+
+
+def config(folder: Path, **options: object) -> DataConfig:
+    return DataConfig(sources=(SourceConfig(path=str(folder)),), **{"holdout": 0.0, **options})
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Index in this process."""
+    monkeypatch.setattr(index, "_over_the_cluster", map)
+
+
+def test_the_bar_and_the_line_count_what_was_kept(here, tmp_path, capsys):
+    shards(tmp_path / "set", range(9))
+    store, said = LocalStore(tmp_path / "run"), []
+    first = index_data(config(tmp_path / "set"), store, said.append)
+    assert "9/9" in capsys.readouterr().err
+    assert said == ["indexed 9 shards: 27 training samples, 0 held out"]
+    store.write("manifest.parquet", first.to_bytes())
+    shards(tmp_path / "set", range(9, 20))
+    index_data(config(tmp_path / "set"), store, said.append)
+    bar = capsys.readouterr().err
+    assert "9/20" in bar and "20/20" in bar and "| 8/20" not in bar
+    assert said[1].endswith("; 9 shards kept from an earlier index, 11 scanned")
+    shards(tmp_path / "set", range(20, 21))
+    index_data(config(tmp_path / "set"), store, said.append)
+    assert said[2].endswith("; 20 shards kept from an earlier index, 1 scanned")
+
+
+def test_shards_of_the_same_keys_are_named(here, tmp_path):
+    shards(tmp_path / "set", range(3))
+    shutil.copy(tmp_path / "set/00000.tar", tmp_path / "set/copy.tar")
+    said = []
+    index_data(config(tmp_path / "set", copies=True), LocalStore(tmp_path / "run"), said.append)
+    (warning,) = said[1:]
+    folder = tmp_path / "set"
+    assert warning.startswith(
+        f"warning: {folder}/00000.tar, {folder}/copy.tar have the same sample keys: "
+    )
+
+
+def test_a_read_only_bucket_is_an_error_of_beside(tmp_path):
+    shards(tmp_path / "set", range(1))
+    data = config(tmp_path / "set/00000.tar")
+    built = build_manifest(data)
+    assert write_beside(data, built) == f"{tmp_path}/set/{BESIDE}"
+    shutil.rmtree(tmp_path / "set")
+    (tmp_path / "set").touch()
+    with pytest.raises(ConfigError, match="set cannot be written to .*leave --beside out"):
+        write_beside(data, built)
+
+
+@pytest.mark.ray
+def test_another_run_scans_new_shards_alone(head, tmp_path):
+    data = config(tmp_path / "set", holdout=0.1)
+    shards(tmp_path / "set", range(3))
+    write_beside(data, build_manifest(data))
+    shards(tmp_path / "set", range(3, 12))
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "jobs/index.py"), "--run.name", "new", "--beside"]
+        + ["--data.sources", str(tmp_path / "set"), "--data.holdout", "0.1"],
+        env=head.env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 shards kept from an earlier index, 9 scanned" in done.stdout
+    assert f"beside the data: {tmp_path}/set/{BESIDE}" in done.stdout
+    assert "12/12" in done.stderr
+    written = (tmp_path / "runs/new/manifest.parquet").read_bytes()
+    assert written == (tmp_path / "set" / BESIDE).read_bytes()
+    assert written == build_manifest(data).to_bytes()
+    assert not (tmp_path / "runs/new/index").exists()
