@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import pickle
+import random
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from clip_ray.config import S3Options
 from clip_ray.errors import ConfigError, DataError
 from clip_ray.storage import LocalStore, Store, digest_bytes, expand, open_store, split_uri
+from tests.s3_proxy import Faults, Proxy, s3_proxy
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -165,3 +169,61 @@ def test_split_uri() -> None:
     assert split_uri("/a/b.tar") == ("/a", "b.tar")
     assert split_uri("s3://bucket/a/b.tar") == ("s3://bucket/a", "b.tar")
     assert split_uri("/b.tar") == ("/", "b.tar")
+
+
+# A network that fails
+
+
+@pytest.fixture
+def proxy(s3: S3Options) -> Iterator[Proxy]:
+    """A proxy in front of the S3 server that does no harm yet."""
+    with s3_proxy(str(s3.endpoint)) as running:
+        yield running
+
+
+def through(proxy: Proxy, folder: Path, **options: Any) -> Store:
+    """Return a directory of this test behind the proxy."""
+    return open_store(
+        f"s3://bucket/{folder.name}", S3Options(endpoint=proxy.endpoint, **options)
+    )
+
+
+READS = {
+    "whole": lambda store: store.read("a/x"),
+    "range": lambda store: store.read("a/x", 1000, 3000),
+    "to the end": lambda store: store.read("a/x", 3000),
+    "beyond the end": lambda store: store.read("a/x", 3990, 5000),
+    "after the end": lambda store: store.read("a/x", 4000, 5000),
+    "info": lambda store: store.info("a/x"),
+    "exists": lambda store: store.exists("a/x"),
+    "missing": lambda store: store.exists("a/y"),
+    "files": lambda store: store.files(),
+    "directories": lambda store: store.directories(),
+    "expand": lambda store: expand(f"{store.uri}/**/*.tar", store.options),
+}
+FAULTS = ["error", "throttle", "reset", "cut", "short", "lost", "hang"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_read_outlives_each_fault(fault: str, proxy: Proxy, tmp_path: Path) -> None:
+    store = through(proxy, tmp_path, timeout_s=1, retry_s=20)
+    once = through(proxy, tmp_path, timeout_s=1, retry_s=0)
+    store.write("a/x", random.Random(0).randbytes(4000))
+    store.write("a/b.tar", b"tar")
+    for name, read in READS.items():
+        proxy.faults = Faults()
+        expected = read(store)
+        # Every second request fails, so that all that a read consists of are hit.
+        proxy.faults = Faults(**{fault: 0.5}, hang_s=3)  # type: ignore[arg-type]
+        proxy.log.clear()
+        while not proxy.counts()[fault]:
+            assert read(store) == expected, name
+        has_body = name not in ("info", "exists", "missing")
+        if fault in ("reset", "cut", "short") and not has_body:
+            continue  # a HEAD has no body to lose
+        if fault == "short" and name in ("files", "directories", "expand"):
+            continue
+        proxy.faults = Faults(**{fault: 1}, hang_s=3)  # type: ignore[arg-type]
+        if name != "after the end" or fault not in ("reset", "cut", "short"):
+            with pytest.raises(OSError, match=r"failed 1 times .* the last time: .*s3.retry_s"):
+                read(once)
