@@ -163,9 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
                 status, headers, answer = self._pass_on(body)
                 sent = self._answer(fault, status, headers, answer)
         finally:
-            self.proxy.log.append(
-                Request(method, path, self.headers.get("Range", ""), fault, sent)
-            )
+            self.proxy.log.append(Request(method, path, self.headers.get("Range", ""), fault, sent))
 
     do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815
 
@@ -184,9 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             connection.close()
 
-    def _answer(
-        self, fault: str, status: int, headers: list[tuple[str, str]], body: bytes
-    ) -> int:
+    def _answer(self, fault: str, status: int, headers: list[tuple[str, str]], body: bytes) -> int:
         if fault == "lost":
             self._reset()
             return 0

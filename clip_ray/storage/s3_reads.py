@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import aiohttp
 import s3fs
 from botocore.exceptions import ConnectionError as BotocoreConnectionError
-from botocore.exceptions import HTTPClientError, IncompleteReadError
+from botocore.exceptions import FlexibleChecksumError, HTTPClientError, IncompleteReadError
 from botocore.parsers import ResponseParserError
 from fsspec.asyn import sync, sync_wrapper
 
@@ -40,6 +40,7 @@ _PASSING = (
     BotocoreConnectionError,
     HTTPClientError,
     IncompleteReadError,
+    FlexibleChecksumError,
     ResponseParserError,
     aiohttp.ClientError,
 )
