@@ -89,9 +89,18 @@ class Proxy:
     endpoint: str
     faults: Faults
     random: random.Random
-    log: list[Request] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)  # requests that each fault befell
+    log: list[Request] = field(default_factory=list)  # those that are over
     lock: threading.Lock = field(default_factory=threading.Lock)
     ended: threading.Event = field(default_factory=threading.Event)
+
+    def begin(self, faults: Faults = Faults(), seed: int = 0) -> None:  # noqa: B008 - frozen
+        """Forget what went by, and inject other faults from now on."""
+        with self.lock:
+            self.faults = faults
+            self.random.seed(seed)
+            self.counts.clear()
+            self.log.clear()
 
     def draw(self, method: str, path: str) -> str:
         """Return the fault that befalls a request, "" for none."""
@@ -102,12 +111,9 @@ class Proxy:
             for kind in _KINDS:
                 number -= getattr(self.faults, kind)
                 if number < 0:
+                    self.counts[kind] += 1
                     return kind
         return ""
-
-    def counts(self) -> Counter[str]:
-        """Return how many requests met each fault; "" counts the others."""
-        return Counter(request.fault for request in self.log)
 
     def range_reads(self) -> list[Request]:
         """Return the GETs of byte ranges that were answered."""
@@ -115,9 +121,9 @@ class Proxy:
 
 
 @contextlib.contextmanager
-def s3_proxy(upstream: str, faults: Faults = Faults(), seed: int = 0) -> Iterator[Proxy]:  # noqa: B008
-    """Run a proxy in front of the server at the URL `upstream`."""
-    proxy = Proxy("", faults, random.Random(seed))
+def s3_proxy(upstream: str) -> Iterator[Proxy]:
+    """Run a proxy in front of the server at the URL `upstream`; it does no harm yet."""
+    proxy = Proxy("", Faults(), random.Random(0))
     handler = type("Handler", (_Handler,), {"proxy": proxy, "upstream": urlsplit(upstream).netloc})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     proxy.endpoint = f"http://127.0.0.1:{server.server_address[1]}"

@@ -196,8 +196,7 @@ def one_proxy(s3: S3Options) -> Iterator[Proxy]:
 @pytest.fixture
 def proxy(one_proxy: Proxy) -> Proxy:
     """A proxy in front of the S3 server that does no harm yet."""
-    one_proxy.faults = Faults()
-    one_proxy.log.clear()
+    one_proxy.begin()
     return one_proxy
 
 
@@ -238,13 +237,12 @@ def test_each_read_outlives_each_fault(fault: str, proxy: Proxy, tmp_path: Path)
     assert store.read("a/x", 3990, 5000) == random.Random(0).randbytes(4000)[3990:]
     assert store.read("a/x", 4000, 5000) == b""
     for name in WITH_BODY if fault in ("reset", "cut", "short") else READS:
-        proxy.faults = Faults()
+        proxy.begin()
         expected = READS[name](store)
-        proxy.log.clear()
-        proxy.faults = Faults(**{fault: 0.3}, hang_s=2)  # type: ignore[arg-type]
-        while not proxy.counts()[fault]:
+        proxy.begin(Faults(**{fault: 0.3}, hang_s=2))  # type: ignore[arg-type]
+        while not proxy.counts[fault]:
             assert READS[name](store) == expected, name
-        proxy.faults = Faults(**{fault: 1}, hang_s=2)  # type: ignore[arg-type]
+        proxy.begin(Faults(**{fault: 1}, hang_s=2))  # type: ignore[arg-type]
         with pytest.raises(OSError, match=r"failed 1 times .* the last time: .*s3.retry_s"):
             READS[name](once)
 
@@ -254,8 +252,7 @@ def test_a_store_that_is_down_is_given_up_in_time(proxy: Proxy, tmp_path: Path) 
     store = through(proxy, tmp_path, timeout_s=0.3, retry_s=1)
     store.write("x", b"123")
     for faults in (Faults(error=1), Faults(hang=1, hang_s=10)):
-        proxy.faults = faults
-        proxy.log.clear()
+        proxy.begin(faults)
         begin = time.monotonic()
         with pytest.raises(
             OSError, match=r"bytes 0 to 2 of s3://.*/x failed (\d+) times"
@@ -286,13 +283,12 @@ def test_large_files_are_read_in_parts_of_one_version(
     store = through(proxy, tmp_path, retry_s=20)
     data = random.Random(1).randbytes(9500)
     store.write("x", data)
-    proxy.log.clear()
-    proxy.faults = Faults(reset=0.2, short=0.2)
+    proxy.begin(Faults(reset=0.2, short=0.2))
     assert store.read("x") == data and store.read("x", 500, 4200) == data[500:4200]
     store.download("x", tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == data
-    assert proxy.counts()["reset"] and proxy.counts()["short"]
-    proxy.faults = Faults()
+    assert proxy.counts["reset"] and proxy.counts["short"]
+    proxy.begin()
     with pytest.raises(FileNotFoundError):
         store.download("gone", tmp_path / "none")
     assert not (tmp_path / "none").exists()
@@ -325,16 +321,15 @@ def test_creation_is_exclusive_where_requests_are_repeated(
     store = through(proxy, tmp_path)
     # Until the fault has hit one: a request that got lost after it was carried out looks, when
     # it is repeated, as if somebody else had been first.
-    proxy.faults = Faults(**{fault: 0.25}, only="PUT")  # type: ignore[arg-type]
-    proxy.random.seed(0)
+    proxy.begin(Faults(**{fault: 0.25}, only="PUT"))  # type: ignore[arg-type]
     for number in range(20):
         store.create(f"{number}", b"mine")
         with pytest.raises(FileExistsError):
             store.create(f"{number}", b"yours")
         assert store.read(f"{number}") == b"mine"
-        if proxy.counts()[fault] > 1:
+        if proxy.counts[fault] > 1:
             break
-    assert proxy.counts()[fault] > 1
+    assert proxy.counts[fault] > 1
 
 
 # Slow reads
@@ -391,19 +386,18 @@ def waits(store: S3Store, ranges: list[tuple[int, int]], data: bytes) -> list[fl
 def test_a_slow_read_is_overtaken(
     slow_s: float, floor_s: float, ratio: float, proxy: Proxy, tmp_path: Path
 ) -> None:
-    data = random.Random(2).randbytes(300_000)
-    ranges = [(at, at + 1000) for at in range(0, 300_000, 1000)]
+    data = random.Random(2).randbytes(200_000)
+    ranges = [(at, at + 1000) for at in range(0, 200_000, 1000)]
     store, plain = through(proxy, tmp_path), through(proxy, tmp_path, hedge=0)
     store.write("x", data)
     store.reader.pace = s3_reads.Pace(0.05, floor_s=floor_s, first_s=2 * floor_s)
-    proxy.faults = Faults(slow=0.01, slow_s=slow_s, only="GET")
     took = {}
     for name, reading in (("hedged", store), ("plain", plain)):
-        proxy.random.seed(35)  # 4 of 300 draws are below 0.01, the first after 90
-        proxy.log.clear()
+        # With this seed 4 of 200 GETs are slow, the first after 100.
+        proxy.begin(Faults(slow=0.01, slow_s=slow_s, only="GET"), seed=13)
         took[name] = waits(reading, ranges, data)
-        slow = proxy.counts()["slow"]
-        assert slow >= 3, proxy.counts()
+        slow = proxy.counts["slow"]
+        assert slow >= 3
         if name == "hedged":
             assert slow <= store.reader.pace.sent_twice <= 0.05 * len(ranges)
             assert max(took[name]) < slow_s

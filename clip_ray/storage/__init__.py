@@ -474,9 +474,9 @@ def _glob(reader: Reader, pattern: str) -> list[dict[str, Any]]:
     from fsspec.utils import glob_translate
 
     pattern = pattern.removeprefix("s3://")
-    folder, _, rest = pattern.partition(re.search(r"[*?[]", pattern)[0])
-    folder = folder.rpartition("/")[0]
-    deep = "/" in rest or "**" in pattern
+    parts = re.split(r"[*?[]", pattern, maxsplit=1)
+    folder = parts[0].rpartition("/")[0]
+    deep = "/" in parts[1] or "**" in pattern
     matches = re.compile(glob_translate(pattern)).match
     try:
         found = (
