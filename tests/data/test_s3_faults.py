@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clip_ray.config import DataConfig, S3Options, SourceConfig
+from clip_ray.config import Config, DataConfig, S3Options, SourceConfig
 from clip_ray.data.blocks import Batch, BlockReader, Layout, read_batches
 from clip_ray.data.manifest import build_manifest
 from clip_ray.data.plan import Plan, samples_digest
 from clip_ray.storage import open_store
 from clip_ray.tokenizer import Tokenizer
-from tests.data.shard_files import pairs, write_tar
+from clip_ray.train.rundir import build_plan, total_steps
+from tests.data.shard_files import Members, pairs, write_tar
 from tests.s3_proxy import Faults, Proxy, s3_proxy
 
 SIDE = 16
@@ -92,3 +93,46 @@ def test_a_store_that_is_down_is_an_error_and_no_bad_sample(
     proxy.begin(Faults(error=1))
     with pytest.raises(OSError, match=r"was given up; .* raise s3.retry_s \(1\)"):
         list(read_batches(reader, 0, 0, 4))
+
+
+def heavy(first: int, count: int) -> Members:
+    """Return samples of about 38 kB that cost little to decode: a JPEG, and bytes after its end."""
+    return [
+        (name, data if name.endswith("txt") else data + bytes(37_000 + 64 * (first % 50)))
+        for name, data in pairs(first + count)[2 * first :]
+    ]
+
+
+def test_a_slot_is_one_get_and_little_more_than_its_samples(
+    proxy: Proxy, tmp_path: Path, s3: S3Options
+) -> None:
+    """A pass with the sizes as shipped; only the pictures are cropped smaller."""
+    store = open_store(f"s3://bucket/{tmp_path.name}", s3)
+    for number in range(2):
+        tar = write_tar(tmp_path / f"{number}.tar", heavy(1100 * number, 1100))
+        store.write(tar.name, tar.read_bytes())
+    config = Config.model_validate(
+        {
+            "data": {"sources": [{"path": store.uri}], "s3": {"endpoint": proxy.endpoint}},
+            "train": {"global_batch": 16, "passes": 1},
+        }
+    )
+    manifest = build_manifest(config.data)
+    plan = build_plan(manifest, config)
+    assert (plan.slot, plan.window) == (64, 8) and 2150 < manifest.total < 2200
+    layout = Layout.fit(plan, 1, 3 * 224 * 224)
+    reader = BlockReader(plan, layout, manifest, config.data, TOKENIZER, SIDE)
+    steps = -(-total_steps(config, manifest.total) // plan.window) * plan.window
+    proxy.begin()
+    delivered = 0
+    for batch in read_batches(reader, 0, 0, steps):
+        assert bool(batch.valid.all())
+        delivered += len(batch.valid)
+    sample = manifest.sizes.sum() / manifest.samples.sum()  # bytes, headers and padding included
+    gets, read = len(proxy.range_reads()), sum(r.sent for r in proxy.range_reads())
+    print(
+        f"{gets * plan.slot / delivered:.3f} GETs a slot, {read / delivered / sample:.3f} x bytes"
+    )
+    assert delivered >= manifest.total
+    assert gets <= 1.05 * delivered / plan.slot
+    assert read <= 1.05 * delivered * sample
