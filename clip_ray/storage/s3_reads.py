@@ -193,7 +193,7 @@ class Reader(s3fs.S3FileSystem):
         if int(match[1]) != start or len(data) != min(stop, size) - start:
             raise ShortBodyError(f"{len(data)} bytes came ({match[0]}) of {stop - start} asked")
         self.pace.saw(time.monotonic() - begin)
-        return Part(data, size, answer["ETag"])
+        return Part(data, size, answer.get("ETag", ""))
 
     async def _first_answer(self, request: Callable[[], Awaitable[Part]]) -> Part:
         """Send a GET, and again if it is slow; return what comes first, drop the other."""
