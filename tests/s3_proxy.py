@@ -71,15 +71,15 @@ class Faults:
 _KINDS = [f.name for f in fields(Faults) if f.default == 0]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Request:
-    """What went by: method, path, the Range header, the fault, and the body bytes sent."""
+    """What went by: method, path, the Range header, the fault, and the bytes of the answer."""
 
     method: str
     path: str
     range: str
     fault: str
-    sent: int
+    sent: int = 0
 
 
 @dataclass
@@ -90,7 +90,7 @@ class Proxy:
     faults: Faults
     random: random.Random
     counts: Counter[str] = field(default_factory=Counter)  # requests that each fault befell
-    log: list[Request] = field(default_factory=list)  # those that are over
+    log: list[Request] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
     ended: threading.Event = field(default_factory=threading.Event)
 
@@ -116,7 +116,7 @@ class Proxy:
         return ""
 
     def range_reads(self) -> list[Request]:
-        """Return the GETs of byte ranges that were answered."""
+        """Return the GETs of byte ranges that were answered with bytes."""
         return [r for r in self.log if r.method == "GET" and r.range and r.sent]
 
 
@@ -151,25 +151,22 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:  # noqa: N802
-        method, path, faults = self.command, self.path, self.proxy.faults
-        fault = self.proxy.draw(method, path)
+        faults, fault = self.proxy.faults, self.proxy.draw(self.command, self.path)
+        # Noted before it is answered: who counts has the answers, and nothing more to go by.
+        request = Request(self.command, self.path, self.headers.get("Range", ""), fault)
+        self.proxy.log.append(request)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        sent = 0
-        try:
-            if fault in ("error", "throttle", "conflict"):
-                with self.proxy.lock:
-                    status = self.proxy.random.choice((500, 503))
-                sent = self._refuse({"throttle": 429, "conflict": 409}.get(fault, status))
-            elif fault == "hang":
-                self.proxy.ended.wait(faults.hang_s)
-                self._reset()
-            else:
-                if fault == "slow":
-                    self.proxy.ended.wait(faults.slow_s)
-                status, headers, answer = self._pass_on(body)
-                sent = self._answer(fault, status, headers, answer)
-        finally:
-            self.proxy.log.append(Request(method, path, self.headers.get("Range", ""), fault, sent))
+        if fault in ("error", "throttle", "conflict"):
+            with self.proxy.lock:
+                status = self.proxy.random.choice((500, 503))
+            self._refuse({"throttle": 429, "conflict": 409}.get(fault, status))
+        elif fault == "hang":
+            self.proxy.ended.wait(faults.hang_s)
+            self._reset()
+        else:
+            if fault == "slow":
+                self.proxy.ended.wait(faults.slow_s)
+            self._answer(request, *self._pass_on(body))
 
     do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815
 
@@ -188,11 +185,13 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             connection.close()
 
-    def _answer(self, fault: str, status: int, headers: list[tuple[str, str]], body: bytes) -> int:
+    def _answer(
+        self, request: Request, status: int, headers: list[tuple[str, str]], body: bytes
+    ) -> None:
+        fault, half = request.fault, len(body) // 2
         if fault == "lost":
             self._reset()
-            return 0
-        half = len(body) // 2
+            return
         if fault == "short":
             body = body[:half]
         self.send_response(status)
@@ -204,29 +203,27 @@ class _Handler(BaseHTTPRequestHandler):
                 length = value
         self.send_header("Content-Length", length)
         self.end_headers()
+        request.sent = half if fault in ("reset", "cut") else len(body)
+        self.wfile.write(body[:half])
         if fault in ("reset", "cut"):
-            self.wfile.write(body[:half])
             self.wfile.flush()
             time.sleep(0.05)  # or a reset would take the half along
             if fault == "reset":
                 self._reset()
             self.close_connection = True
-            return half
-        self.wfile.write(body[:half])
+            return
         if fault == "stall":
             self.wfile.flush()
             self.proxy.ended.wait(self.proxy.faults.stall_s)
         self.wfile.write(body[half:])
-        return len(body)
 
-    def _refuse(self, status: int) -> int:
+    def _refuse(self, status: int) -> None:
         body = b"" if self.command == "HEAD" else _ERROR.format(code=_CODES[status]).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/xml")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
-        return 0
 
     def _reset(self) -> None:
         """Close so that the other side sees a reset, not an end."""

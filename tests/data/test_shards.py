@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clip_ray.config import S3Options, SourceConfig
-from clip_ray.data import shards, tar
+from clip_ray.data import shards
 from clip_ray.data.shards import STRIDE, BadSample, IndexOptions, Sample, Shard, ShardIndex
 from clip_ray.errors import DataError
 from clip_ray.storage import FileInfo, LocalStore, expand, open_store
@@ -86,7 +86,7 @@ def test_any_ordinals_equal_a_naive_read(tmp_path: Path, data: st.DataObject) ->
     expected = naive(path)
     with pytest.MonkeyPatch.context() as patch:
         # 8: in manifests of earlier versions.
-        patch.setattr(tar, "STRIDE", data.draw(st.sampled_from([8, STRIDE])))
+        patch.setattr("clip_ray.data.tar.STRIDE", data.draw(st.sampled_from([8, STRIDE])))
         shard = index(path).shard
     assert shard.samples == len(expected)
     if expected:
