@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from clip_ray.config.schema import DataConfig
 from clip_ray.data.manifest import Manifest
 from clip_ray.data.samples import Ints
-from clip_ray.data.shards import STRIDE, Sample, read_ordinals
+from clip_ray.data.shards import Sample, read_ordinals
 from clip_ray.images import ImageError, decode, eval_crop, measure
 
 _PAIRS = 16
+_RUN = 8  # neighbours that are read together
 _CHUNK = 512  # samples in memory at a time
 _WALKED = 16  # shards without offsets that are read: each is streamed as a whole
 _QUANTILES = (0, 5, 50, 95, 100)  # percent
@@ -163,11 +164,11 @@ def _spread(counts: Ints, total: int) -> Iterator[tuple[int, Ints]]:
     for index, share in enumerate(shares.tolist()):
         if not share:
             continue
-        runs = -(-share // STRIDE)
-        last_start = max(int(counts[index]) - STRIDE, 0)
+        runs = -(-share // _RUN)
+        last_start = max(int(counts[index]) - _RUN, 0)
         starts = np.linspace(0, last_start, runs).astype(np.int64)
         # Runs overlap where nearly everything is taken: then it is the first `share`.
-        places = np.unique(starts[:, None] + np.arange(STRIDE))
+        places = np.unique(starts[:, None] + np.arange(_RUN))
         places = places[places < counts[index]][:share]
         if len(places) < share:
             places = np.arange(share)

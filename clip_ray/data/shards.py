@@ -269,7 +269,8 @@ def _read(
         )
     suffixes = Suffixes.of(source)
     remote = store.uri.startswith("s3://")
-    spans = ranges(shard.offsets, ordered, _S3_GAP if remote else _LOCAL_GAP)
+    gap = _S3_GAP if remote else _LOCAL_GAP
+    spans = ranges(shard.offsets, shard.samples, ordered, gap)
     bounds = [first for _, _, first in spans]
     owner = np.searchsorted(bounds, ordered, side="right") - 1
 

@@ -13,15 +13,20 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from clip_ray.config import S3Options
 from clip_ray.errors import ConfigError, DataError
 
+if TYPE_CHECKING:
+    from clip_ray.storage.s3_reads import Reader
+
+_CONFLICT_S = 30  # seconds that a creation waits for others of the same file
 _FEW = 8  # files of one S3 folder that are asked for one by one
 _BRACE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
@@ -212,120 +217,161 @@ class LocalStore:
 
 @dataclass(frozen=True)
 class S3Store:
-    """A prefix of an S3 bucket, through s3fs."""
+    """A prefix of an S3 bucket, through s3fs: one client for reads, one for the rest."""
 
     root: str
     options: S3Options
-    _fs: list[Any] = field(default_factory=list, repr=False, compare=False)
+    _clients: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The client holds an event loop: each process makes its own.
+        # The clients hold an event loop: each process makes its own.
         return (S3Store, (self.root, self.options))
 
     @property
-    def fs(self) -> Any:
-        """The s3fs file system, made at first use."""
-        if not self._fs:
+    def reader(self) -> Reader:
+        """The client of reads, made at first use."""
+        if "reader" not in self._clients:
+            from clip_ray.storage.s3_reads import Reader
+
+            options = self.options
+            self._clients["reader"] = Reader(
+                timeout_s=options.timeout_s,
+                retry_s=options.retry_s,
+                hedge=options.hedge,
+                **self._arguments(
+                    connect_timeout=min(10, options.timeout_s),
+                    read_timeout=options.timeout_s,
+                    retries={"total_max_attempts": 1, "mode": "standard"},
+                    # A second GET must not queue behind those that it is to overtake.
+                    max_pool_connections=64,
+                ),
+            )
+        return cast("Reader", self._clients["reader"])
+
+    @property
+    def writer(self) -> Any:
+        """The s3fs file system that writes and deletes, made at first use."""
+        if "writer" not in self._clients:
             import s3fs
 
-            client = {"region_name": self.options.region} if self.options.region else {}
-            self._fs.append(
-                s3fs.S3FileSystem(
-                    anon=self.options.anonymous,
-                    profile=self.options.profile,
-                    endpoint_url=self.options.endpoint,
-                    client_kwargs=client,
-                    config_kwargs={
-                        "connect_timeout": 10,
-                        "read_timeout": 60,
-                        # About half a minute of backoff: longer outages end the attempt.
-                        "retries": {"max_attempts": 6, "mode": "standard"},
-                    },
-                    # Other processes write here too: a cached listing would hide their files.
-                    use_listings_cache=False,
+            self._clients["writer"] = s3fs.S3FileSystem(
+                **self._arguments(
+                    connect_timeout=10,
+                    read_timeout=60,
+                    # About half a minute of backoff: longer outages end the attempt.
+                    retries={"max_attempts": 6, "mode": "standard"},
                 )
             )
-        return self._fs[0]
+        return self._clients["writer"]
+
+    def _arguments(self, **config: Any) -> dict[str, Any]:
+        return {
+            "anon": self.options.anonymous,
+            "profile": self.options.profile,
+            "endpoint_url": self.options.endpoint,
+            "client_kwargs": {"region_name": self.options.region} if self.options.region else {},
+            "config_kwargs": config,
+            # Other processes write here too: a cached listing would hide their files.
+            "use_listings_cache": False,
+        }
 
     @property
     def uri(self) -> str:  # noqa: D102
         return self.root
 
     def child(self, name: str) -> S3Store:  # noqa: D102
-        return S3Store(f"{self.root}/{name}", self.options, self._fs)
+        return S3Store(f"{self.root}/{name}", self.options, self._clients)
 
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:  # noqa: D102
-        whole = start == 0 and stop is None
+        parts: dict[int, bytes] = {}
         with self._explained():
-            data: bytes = self.fs.cat_file(
-                self._path(name), start=None if whole else start, end=stop
-            )
-        return data
+            self.reader.read_parts(self._path(name), start, stop, parts.__setitem__)
+        return b"".join(parts[at] for at in sorted(parts))
 
     def write(self, name: str, data: bytes) -> None:  # noqa: D102
         with self._explained():
-            self.fs.pipe_file(self._path(name), data)
+            self.writer.pipe_file(self._path(name), data)
 
     def create(self, name: str, data: bytes) -> None:  # noqa: D102
-        with self._explained():
+        from clip_ray.storage.s3_reads import status_of
+
+        deadline = time.monotonic() + _CONFLICT_S
+        while True:
             try:
-                self.fs.pipe_file(self._path(name), data, mode="create")
+                with self._explained():
+                    self.writer.pipe_file(self._path(name), data, mode="create")
+                return
             except FileExistsError as error:
-                if self.read(name) != data:
-                    raise FileExistsError(self._path(name)) from error
+                if self.read(name) == data:
+                    return
+                raise FileExistsError(self._path(name)) from error
+            except OSError as error:
+                # 409: another creation is under way; S3 asks to try again, and either may win.
+                if status_of(error) != 409 or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.2)
 
     def put(self, name: str, fill: Callable[[Path], None]) -> FileDigest:  # noqa: D102
         with tempfile.TemporaryDirectory(prefix="clip-ray-") as folder, self._explained():
             local = Path(folder) / "part"
             fill(local)
-            self.fs.put_file(str(local), self._path(name))
+            self.writer.put_file(str(local), self._path(name))
             return digest_file(local)
 
     def download(self, name: str, local: Path) -> None:  # noqa: D102
         local.parent.mkdir(parents=True, exist_ok=True)
-        with self._explained():
-            self.fs.get_file(self._path(name), str(local))
+        try:
+            with self._explained(), open(local, "wb") as file:
+
+                def put(at: int, data: bytes) -> None:
+                    file.seek(at)
+                    file.write(data)
+
+                self.reader.read_parts(self._path(name), 0, None, put)
+        except BaseException:
+            local.unlink(missing_ok=True)
+            raise
 
     def info(self, name: str) -> FileInfo:  # noqa: D102
         with self._explained():
-            found = self.fs.info(self._path(name))
+            found = self.reader.info(self._path(name))
         if found["type"] != "file":
             raise FileNotFoundError(self._path(name))
         return FileInfo(self._path(name), found["size"], str(found["ETag"]).strip('"'))
 
     def files(self) -> list[str]:  # noqa: D102
         with self._explained():
-            found = self.fs.find(self.root)
+            found = self.reader.find(self.root)
         prefix = self.root.removeprefix("s3://") + "/"
         return sorted(path.removeprefix(prefix) for path in found if path.startswith(prefix))
 
     def directories(self) -> list[str]:  # noqa: D102
         with self._explained():
             try:
-                found = self.fs.ls(self.root, detail=True)
+                found = self.reader.ls(self.root, detail=True)
             except FileNotFoundError:
                 return []
         return sorted(e["name"].rsplit("/", 1)[-1] for e in found if e["type"] == "directory")
 
     def delete(self, name: str) -> None:  # noqa: D102
         with self._explained(), contextlib.suppress(FileNotFoundError):
-            self.fs.rm(self._path(name), recursive=True)
+            self.writer.rm(self._path(name), recursive=True)
 
     def exists(self, name: str) -> bool:  # noqa: D102
-        with self._explained():
-            return bool(self.fs.isfile(self._path(name)))
+        # Not s3fs's isfile: it takes any failure for an answer.
+        try:
+            self.info(name)
+        except FileNotFoundError:
+            return False
+        return True
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
         """Turn what a user can mend (bucket, credentials, endpoint) into our own words."""
-        from botocore.exceptions import (
-            EndpointConnectionError,
-            NoCredentialsError,
-            ProfileNotFound,
-        )
+        from botocore.exceptions import BotoCoreError, NoCredentialsError, ProfileNotFound
 
         bucket = self.root.removeprefix("s3://").split("/", 1)[0]
         try:
@@ -337,8 +383,8 @@ class S3Store:
             ) from error
         except ProfileNotFound as error:
             raise ConfigError(f"{self.root}: {error}; set s3.profile to one that exists") from error
-        except EndpointConnectionError as error:
-            raise ConfigError(f"{self.root}: {error}; check s3.endpoint and the network") from error
+        except BotoCoreError as error:
+            raise OSError(f"{self.root}: {error}; check s3.endpoint and the network") from error
         except PermissionError as error:
             raise ConfigError(
                 f"{self.root}: access denied by the store ({error}); check the credentials' "
@@ -420,9 +466,9 @@ def _matches(name: str, s3: S3Options | None) -> list[FileInfo]:
         store = S3Store(name.rstrip("/"), s3 or S3Options())
         with store._explained():
             if is_glob:
-                entries = list(store.fs.glob(name, detail=True).values())
+                entries = _glob(store.reader, name)
             else:
-                entries = list(store.fs.find(name, detail=True).values())
+                entries = list(store.reader.find(name, detail=True).values())
             if not entries:
                 _require_bucket(store)
         return [
@@ -443,11 +489,29 @@ def _matches(name: str, s3: S3Options | None) -> list[FileInfo]:
     ]
 
 
+def _glob(reader: Reader, pattern: str) -> list[dict[str, Any]]:
+    """Return the entries that match; s3fs's own glob passes over listings that fail."""
+    from fsspec.utils import glob_translate
+
+    pattern = pattern.removeprefix("s3://")
+    parts = re.split(r"[*?[]", pattern, maxsplit=1)
+    folder = parts[0].rpartition("/")[0]
+    deep = "/" in parts[1] or "**" in pattern
+    matches = re.compile(glob_translate(pattern)).match
+    try:
+        found = (
+            reader.find(folder, detail=True).values() if deep else reader.ls(folder, detail=True)
+        )
+    except FileNotFoundError:
+        return []
+    return [entry for entry in found if matches(entry["name"])]
+
+
 def _require_bucket(store: S3Store) -> None:
     """Raise DataError when the bucket is missing: listing a missing prefix says nothing."""
     bucket = store.root.removeprefix("s3://").split("/", 1)[0]
     try:
-        store.fs.call_s3("head_bucket", Bucket=bucket)
+        store.reader.call_s3("head_bucket", Bucket=bucket)
     except FileNotFoundError as error:
         raise DataError(
             f"{store.root}: bucket {bucket!r} does not exist; check its name and s3.endpoint"
