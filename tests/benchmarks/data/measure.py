@@ -11,6 +11,7 @@ import ray
 import torch
 
 from clip_ray.data.blocks import BlockReader, read_batches
+from clip_ray.runtime.cluster import Share
 from clip_ray.runtime.data import BatchStream
 from clip_ray.runtime.recorder import Recorder
 from tests.benchmarks.data.cases import CONSUMERS, GLOBAL_BATCH, IMAGE_SIZE
@@ -105,32 +106,31 @@ class Pipeline:
 
     Args:
         folder: for the recorder's journals.
-        data_cpus: CPUs for reading.
+        share: what it may use.
     """
 
-    def __init__(self, folder: Path, data_cpus: float) -> None:
+    def __init__(self, folder: Path, share: Share) -> None:
         self._consumers = [Consumer.remote() for _ in range(CONSUMERS)]
-        actor: Any = ray.remote(num_cpus=0)(Recorder)
-        self._recorder = actor.remote(str(folder), None)
-        self._data_cpus, self._streams = data_cpus, 0
+        self._folder, self._share = folder, share
         self._clock = TreeClock()
         self.private_bytes = 0
 
     def run(self, reader: BlockReader, steps: range) -> float:
         """Stream the batches to the consumers, and return the CPU seconds of all processes."""
+        actor: Any = ray.remote(num_cpus=0)(Recorder)
+        recorder = actor.remote(str(self._folder), None)
         reference = [ray.put(reader)]
-        self._streams += 1
         begun = self._clock.seconds()
         taken = [
             consumer.take.remote(
-                self._recorder,
-                f"stream {self._streams}",
+                recorder,
+                "stream",
                 reference,
                 reader.layout,
                 rank,
                 steps.start,
                 steps.stop,
-                self._data_cpus,
+                self._share,
             )
             for rank, consumer in enumerate(self._consumers)
         ]
@@ -141,4 +141,6 @@ class Pipeline:
             self.private_bytes = max(self.private_bytes, private_bytes())
         assert sum(ray.get(taken)) == len(steps) * GLOBAL_BATCH
         time.sleep(SETTLE_S)
-        return self._clock.seconds() - begun
+        seconds = self._clock.seconds() - begun
+        ray.kill(recorder)  # with it go the handles of the stream, and its coordinator
+        return seconds

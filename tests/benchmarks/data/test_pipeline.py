@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_ray.config import ClusterConfig, Config, TrainConfig
+from clip_ray.config import ClusterConfig, Config, S3Options, TrainConfig
 from clip_ray.data.blocks import BlockReader
 from clip_ray.runtime.cluster import connected
 from tests.benchmarks.data.cases import GLOBAL_BATCH, WINDOW, build_reader, write_shards
@@ -37,8 +37,8 @@ class Size:
 
 
 SIZES = (
-    Size(side=256, samples=4096, distinct=128, steps=32, usual_steps=8),
-    Size(side=768, samples=1536, distinct=48, steps=16, usual_steps=4),
+    Size(side=256, samples=4096, distinct=128, steps=16, usual_steps=4),
+    Size(side=768, samples=1536, distinct=48, steps=8, usual_steps=2),
 )
 
 
@@ -49,12 +49,12 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         with connected(config, False, folder) as share:
-            yield Pipeline(folder, share.data_cpus)
+            yield Pipeline(folder, share)
 
 
 @pytest.fixture(scope="module")
-def aside() -> Iterator[ProcessPoolExecutor]:
-    """A process without Ray."""
+def aside(s3: S3Options) -> Iterator[ProcessPoolExecutor]:
+    """A process without Ray; it inherits the credentials that `s3` sets."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         yield pool
