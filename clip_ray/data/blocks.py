@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -229,23 +230,49 @@ def _hash(image: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(image, digest_size=8).digest(), "little", signed=True)
 
 
-def assemble(blocks: Iterable[Block], layout: Layout) -> Iterator[Batch]:
+class Arrays:
+    """Arrays that are used again once nobody else has them: fresh pages cost more than a copy."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, list[NDArray[Any]]] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        """Return an array of any content; a name always comes with the same shape and dtype."""
+        kept = self._kept.setdefault(name, [])
+        for array in kept:
+            # Its list, this loop and getrefcount itself have it; a tensor or a view would, too.
+            if sys.getrefcount(array) == 3:
+                return array
+        kept.append(np.empty(shape, dtype))
+        return kept[-1]
+
+
+def assemble(blocks: Iterable[Block], layout: Layout, arrays: Arrays) -> Iterator[Batch]:
     """Yield the K batches of a window from a worker's blocks of it, in chunk order.
 
     Each block is copied as it comes and then let go: it may lie in the object store.
+
+    Args:
+        blocks: the blocks, `layout.chunks` of them; nothing is yielded where they end early.
+        layout: how they were cut.
+        arrays: what the batches are made of; the same for all of a worker's windows.
     """
-    K, height, rows = layout.window, layout.rows_per_block, layout.rows
-    whole: Block = {}
+    height, rows = layout.rows_per_block, layout.rows
+    steps: list[Block] = [{} for _ in range(layout.window)]
+    chunk = -1
     for chunk, block in enumerate(blocks):
         target = slice(chunk * height, min((chunk + 1) * height, rows))
-        for name, array in block.items():
-            steps = array.reshape(K, height, *array.shape[1:])
-            if chunk == 0:
-                kind = object if array.dtype.kind == "U" else array.dtype
-                whole[name] = np.empty((K, rows, *array.shape[1:]), kind)
-            whole[name][:, target] = steps[:, : target.stop - target.start]
-    for k in range(K):
-        step = {name: array[k] for name, array in whole.items()}
+        for k, step in enumerate(steps):
+            source = slice(k * height, k * height + target.stop - target.start)
+            for name, array in block.items():
+                if chunk == 0:
+                    kind = object if array.dtype.kind == "U" else array.dtype
+                    step[name] = arrays.take(name, (rows, *array.shape[1:]), kind)
+                step[name][target] = array[source]
+    if chunk + 1 < layout.chunks:
+        return
+    while steps:
+        step = steps.pop(0)
         yield Batch(
             pixels=torch.from_numpy(step["pixels"]),
             ids=torch.from_numpy(step["ids"]),
@@ -266,8 +293,9 @@ def read_batches(
     The same batches as the Ray pipeline delivers; for a bare process, tests and benchmarks.
     """
     window_length = reader.layout.window
+    arrays = Arrays()
     for window in range(first_step // window_length, -(-last_step // window_length)):
         blocks = (reader.read(window, c, rank) for c in range(reader.layout.chunks))
-        for k, batch in enumerate(assemble(blocks, reader.layout)):
+        for k, batch in enumerate(assemble(blocks, reader.layout, arrays)):
             if first_step <= window * window_length + k < last_step:
                 yield batch

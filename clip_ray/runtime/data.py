@@ -27,7 +27,15 @@ import ray
 import torch
 from ray.data import DataContext, ExecutionResources
 
-from clip_ray.data.blocks import BLOCK_BYTES, Batch, Block, BlockReader, Layout, assemble
+from clip_ray.data.blocks import (
+    BLOCK_BYTES,
+    Arrays,
+    Batch,
+    Block,
+    BlockReader,
+    Layout,
+    assemble,
+)
 from clip_ray.errors import TrainingError
 from clip_ray.runtime.cluster import Share
 
@@ -230,8 +238,8 @@ class BatchStream:
         self._pieces = segments(layout, len(self._ranks), first_step, last_step, segment_blocks)
         self._boxes: list[str] = []
         self._closed = threading.Event()
-        # One window is being assembled, one waits here: the next is ready when a window ends.
-        self._batches: _Pipe[Batch] = _Pipe(layout.window, self._closed)
+        # The next window is assembled while the half of this one that waits here is trained on.
+        self._batches: _Pipe[Batch] = _Pipe(max(layout.window // 2, 1), self._closed)
         self._thread = threading.Thread(
             target=self._batches.fill, args=(self._assembled,), name="batches", daemon=True
         )
@@ -257,7 +265,7 @@ class BatchStream:
         self._thread.join(timeout=CLOSE_S)
 
     def _assembled(self) -> Iterator[Batch]:
-        layout, pieces = self._layout, self._pieces
+        layout, pieces, arrays = self._layout, self._pieces, Arrays()
         following = self._open(0)
         for number, windows in enumerate(pieces):
             current, opened = following, number + 1 == len(pieces)
@@ -269,7 +277,7 @@ class BatchStream:
                     following, opened = self._open(number + 1), True
                 if left <= LEAD_WINDOWS:
                     following.begin.set()
-                batches = assemble(itertools.islice(blocks, layout.chunks), layout)
+                batches = assemble(itertools.islice(blocks, layout.chunks), layout, arrays)
                 for step, batch in enumerate(batches, window * layout.window):
                     if step in self._steps:
                         yield batch

@@ -111,20 +111,21 @@ class Pipeline:
 
     def __init__(self, folder: Path, share: Share) -> None:
         self._consumers = [Consumer.remote() for _ in range(CONSUMERS)]
-        self._folder, self._share = folder, share
+        actor: Any = ray.remote(num_cpus=0)(Recorder)
+        self._recorder = actor.remote(str(folder), None)
+        self._share, self._streams = share, 0
         self._clock = TreeClock()
         self.private_bytes = 0
 
     def run(self, reader: BlockReader, steps: range) -> float:
         """Stream the batches to the consumers, and return the CPU seconds of all processes."""
-        actor: Any = ray.remote(num_cpus=0)(Recorder)
-        recorder = actor.remote(str(self._folder), None)
         reference = [ray.put(reader)]
+        self._streams += 1
         begun = self._clock.seconds()
         taken = [
             consumer.take.remote(
-                recorder,
-                "stream",
+                self._recorder,
+                f"stream {self._streams}",
                 reference,
                 reader.layout,
                 rank,
@@ -141,6 +142,4 @@ class Pipeline:
             self.private_bytes = max(self.private_bytes, private_bytes())
         assert sum(ray.get(taken)) == len(steps) * GLOBAL_BATCH
         time.sleep(SETTLE_S)
-        seconds = self._clock.seconds() - begun
-        ray.kill(recorder)  # with it go the handles of the stream, and its coordinator
-        return seconds
+        return self._clock.seconds() - begun
