@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,14 @@ class TreeClock:
 
 
 def private_bytes() -> int:
-    """Return the anonymous memory of the process tree: what no other process shares."""
+    """Return the anonymous memory of the driver and of Ray's workers and actors."""
     total = 0
     for process in tree():
         try:
+            if process.pid != os.getpid() and not process.name().startswith("ray::"):
+                continue
             status = Path(f"/proc/{process.pid}/status").read_text()
-        except (FileNotFoundError, ProcessLookupError):
+        except (FileNotFoundError, ProcessLookupError, psutil.NoSuchProcess):
             continue
         for line in status.splitlines():
             if line.startswith("RssAnon:"):
