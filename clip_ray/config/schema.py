@@ -94,6 +94,20 @@ class ClusterConfig(Section):
     data_cpus: float | None = Field(
         None, ge=1, description="CPUs for reading and decoding; none = what workers leave free"
     )
+    data_streams: PositiveInt | None = Field(
+        None,
+        description="ordered streams that deal the data to the workers; none = 1, more where the "
+        "cluster is too large for one",
+    )
+    data_label: str | None = Field(
+        None,
+        pattern=r"^[^=]+=[^=]+$",
+        description="KEY=VALUE: data are read and decoded only on nodes with this label; none = "
+        "on all nodes",
+    )
+    object_store_share: float = Field(
+        0.5, gt=0, le=0.9, description="share of Ray's object store that data read ahead may fill"
+    )
     start_timeout_s: PositiveInt = Field(60, description="seconds to wait for the resources")
     collective_timeout_s: PositiveInt = Field(
         180,

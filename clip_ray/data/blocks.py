@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,24 +41,30 @@ class Layout:
         rows: b = ceil(G/W), rows of a step on each worker, void ones included.
         window: K, steps of a window.
         chunks: blocks that a worker's share of a window travels in.
+        share: R/K, rows that a slot gives to a step; blocks are cut between slots.
     """
 
     world_size: int
     rows: int
     window: int
     chunks: int
+    share: int = 1
 
     @classmethod
     def fit(cls, plan: Plan, world_size: int, row_bytes: int) -> Layout:
         """Return the layout whose blocks stay near 24 MB; `row_bytes` is a decoded row's size."""
         rows = -(-plan.global_batch // world_size)
-        chunks = min(rows, -(-plan.window * rows * row_bytes // BLOCK_BYTES))
-        return cls(world_size, rows, plan.window, chunks)
+        share = plan.slot // plan.window
+        height = max(BLOCK_BYTES // (plan.window * row_bytes), 1)
+        # A slot that is cut in two is read and looked up twice; a huge one has to be.
+        share = share if share <= height else 1
+        chunks = -(-rows // (height // share * share))
+        return cls(world_size, rows, plan.window, chunks, share)
 
     @property
     def rows_per_block(self) -> int:
         """Rows of a step in one block; the last block of a window is filled up with void rows."""
-        return -(-self.rows // self.chunks)
+        return -(-self.rows // (self.chunks * self.share)) * self.share
 
     @property
     def blocks_per_window(self) -> int:
@@ -174,15 +181,15 @@ class BlockReader:
             entry = self.manifest.shard(int(index))
             source = self.config.sources[entry.source]
             # One sample can stand twice in a window that straddles two passes: read it once.
-            wanted, inverse = np.unique(place[mine], return_inverse=True)
+            wanted, inverse, times = np.unique(place[mine], return_inverse=True, return_counts=True)
             ordinals = self.manifest.train_ordinals(int(index), wanted)
             samples = read_ordinals(entry, source, self.config.s3, ordinals)
             decoded: dict[int, NDArray[np.uint8] | BadSample] = {}
             for row, which in zip(mine, inverse, strict=True):
                 sample = samples[which]
-                if which not in decoded:
-                    decoded[which] = self._decode(sample)
-                pixels = decoded[which]
+                pixels = decoded[which] if which in decoded else self._decode(sample)
+                if times[which] > 1:
+                    decoded[which] = pixels
                 at = target[row]
                 if isinstance(pixels, BadSample):
                     block["bad"][at] = json.dumps(
@@ -225,26 +232,58 @@ def _hash(image: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(image, digest_size=8).digest(), "little", signed=True)
 
 
-def assemble(blocks: list[Block], layout: Layout) -> Iterator[Batch]:
-    """Yield the K batches of a window from a worker's blocks of it, in chunk order."""
-    height = layout.rows_per_block
-    for k in range(layout.window):
-        parts = [
-            {name: array[k * height : (k + 1) * height] for name, array in block.items()}
-            for block in blocks
-        ]
-        whole = {
-            name: np.concatenate([part[name] for part in parts])[: layout.rows] for name in parts[0]
-        }
+class Arrays:
+    """Arrays that are used again once nobody else has them: fresh pages cost more than a copy."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, list[NDArray[Any]]] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        """Return an array of any content; a name always comes with the same shape and dtype."""
+        kept = self._kept.setdefault(name, [])
+        for array in kept:
+            # Its list, this loop and getrefcount itself have it; a tensor or a view would, too.
+            if sys.getrefcount(array) == 3:
+                return array
+        kept.append(np.empty(shape, dtype))
+        return kept[-1]
+
+
+def assemble(blocks: Iterable[Block], layout: Layout, arrays: Arrays) -> Iterator[Batch]:
+    """Yield the K batches of a window from a worker's blocks of it, in chunk order.
+
+    Each block is copied as it comes and then let go: it may lie in the object store.
+
+    Args:
+        blocks: the blocks, `layout.chunks` of them; nothing is yielded where they end early.
+        layout: how they were cut.
+        arrays: what the batches are made of; the same for all of a worker's windows.
+    """
+    height, rows = layout.rows_per_block, layout.rows
+    steps: list[Block] = [{} for _ in range(layout.window)]
+    chunk = -1
+    for chunk, block in enumerate(blocks):
+        target = slice(chunk * height, min((chunk + 1) * height, rows))
+        for k, step in enumerate(steps):
+            source = slice(k * height, k * height + target.stop - target.start)
+            for name, array in block.items():
+                if chunk == 0:
+                    kind = object if array.dtype.kind == "U" else array.dtype
+                    step[name] = arrays.take(name, (rows, *array.shape[1:]), kind)
+                step[name][target] = array[source]
+    if chunk + 1 < layout.chunks:
+        return
+    while steps:
+        step = steps.pop(0)
         yield Batch(
-            pixels=torch.from_numpy(whole["pixels"]),
-            ids=torch.from_numpy(whole["ids"]),
-            valid=torch.from_numpy(whole["valid"]),
-            shard=whole["shard"],
-            place=whole["place"],
-            image_id=whole.get("image_id"),
-            bad=tuple(json.loads(line) for line in whole["bad"] if line),
-            truncated=int(whole["truncated"].sum()),
+            pixels=torch.from_numpy(step["pixels"]),
+            ids=torch.from_numpy(step["ids"]),
+            valid=torch.from_numpy(step["valid"]),
+            shard=step["shard"],
+            place=step["place"],
+            image_id=step.get("image_id"),
+            bad=tuple(json.loads(line) for line in step["bad"] if line),
+            truncated=int(step["truncated"].sum()),
         )
 
 
@@ -256,8 +295,9 @@ def read_batches(
     The same batches as the Ray pipeline delivers; for a bare process, tests and benchmarks.
     """
     window_length = reader.layout.window
+    arrays = Arrays()
     for window in range(first_step // window_length, -(-last_step // window_length)):
-        blocks = [reader.read(window, c, rank) for c in range(reader.layout.chunks)]
-        for k, batch in enumerate(assemble(blocks, reader.layout)):
+        blocks = (reader.read(window, c, rank) for c in range(reader.layout.chunks))
+        for k, batch in enumerate(assemble(blocks, reader.layout, arrays)):
             if first_step <= window * window_length + k < last_step:
                 yield batch

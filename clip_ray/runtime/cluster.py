@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import secrets
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from clip_ray.config import ClusterConfig, Config
 from clip_ray.errors import ClusterError, ConfigError
 
 MIN_WORKER_CPUS = 0.25  # below this a worker and its process threads only fight for the core
+STREAM_CPUS = 128  # reading tasks that one stream's coordinator, a single process, keeps busy
 _PACKAGES = "working_dir_files"  # folder name of Ray's unpacked working directories
 
 
@@ -38,6 +40,10 @@ class Share:
         worker_gpus: GPUs of each, 0 or 1.
         data_cpus: CPUs left to reading and decoding.
         threads: torch threads of a worker.
+        streams: ordered streams that deal blocks to the workers.
+        stream_cpus: CPUs of each stream.
+        object_store: share of the object store that streamed blocks may fill.
+        data_label: key and value of the label of nodes that may read; none = all nodes.
     """
 
     num_workers: int
@@ -45,11 +51,19 @@ class Share:
     worker_gpus: int
     data_cpus: float
     threads: int
+    streams: int = 1
+    stream_cpus: float = 1.0
+    object_store: float = 0.5
+    data_label: tuple[str, str] | None = None
 
     def describe(self) -> str:
         """Return the arithmetic as a sentence."""
         each = f"{self.worker_cpus:g} CPU" + (" + 1 GPU" if self.worker_gpus else "")
-        return f"{self.num_workers} workers x {each}, {self.data_cpus:g} CPUs for data"
+        streams = "1 stream" if self.streams == 1 else f"{self.streams} streams"
+        return (
+            f"{self.num_workers} workers x {each}; data: {streams} x {self.stream_cpus:g} CPUs of "
+            f"{self.data_cpus:g}"
+        )
 
 
 def is_local(config: ClusterConfig) -> bool:
@@ -99,12 +113,12 @@ def connected(config: Config, wants_gpu: bool, token_dir: Path) -> Iterator[Shar
     try:
         if is_local(config.cluster):
             share = local_share(config.cluster, wants_gpu)
-            _start_local(share, token_dir)
+            _start_local(share, config.cluster.object_store_share, token_dir)
         else:
             address = config.cluster.address or os.environ["RAY_ADDRESS"]
             _connect(address)
             share = _cluster_share(config.cluster, wants_gpu)
-        yield share
+        yield deal_streams(share, config.cluster, ray.nodes())
     finally:
         ray.shutdown()
 
@@ -136,7 +150,24 @@ def ray_logs() -> str:
     return f"{folder}/{session}/logs"
 
 
-def _start_local(share: Share, token_dir: Path) -> None:
+def object_store_bytes(share: Share, streamed: float) -> int:
+    """Return the size of a local Ray's object store: enough for the blocks under way.
+
+    Ray's default of 30 % of the memory is the limit. It is no better: pages that no block has used
+    yet are slow to write, and blocks would wander through all of them.
+
+    Args:
+        share: what the run may use.
+        streamed: share of the store for blocks.
+    """
+    from clip_ray.data.blocks import BLOCK_BYTES
+
+    blocks = 16 + 4 * (share.data_cpus + share.num_workers)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(min(blocks * BLOCK_BYTES / streamed, 0.3 * memory))
+
+
+def _start_local(share: Share, streamed: float, token_dir: Path) -> None:
     token_dir.mkdir(parents=True, exist_ok=True)
     token = token_dir / "ray-token"
     if not token.exists():
@@ -154,6 +185,7 @@ def _start_local(share: Share, token_dir: Path) -> None:
         ray.init(
             address="local",
             num_cpus=max(1, round(cpus + 0.49)),
+            object_store_memory=object_store_bytes(share, streamed),
             include_dashboard=False,
             log_to_driver=False,
             configure_logging=True,
@@ -215,6 +247,85 @@ def share_of(
         )
     threads = max(int(per_worker), 1)
     return Share(workers, per_worker, int(wants_gpu), left, threads), ""
+
+
+def deal_streams(share: Share, config: ClusterConfig, nodes: list[dict[str, Any]]) -> Share:
+    """Return the share with the number of streams, and the CPUs of each, filled in.
+
+    Ray Data gives each of S streams `spare CPUs // S` of every node, so what S does not divide is
+    lost: without `cluster.data_streams` there is one stream, and more only where one could not
+    keep its tasks busy and a quarter of the CPUs at most is lost.
+
+    Args:
+        share: what the run may use.
+        config: how it is to be used.
+        nodes: as `ray.nodes()` returns them.
+
+    Raises:
+        ClusterError: a stream would have no CPU, or no worker to serve.
+    """
+    label = None
+    if config.data_label is not None:
+        key, _, value = config.data_label.partition("=")
+        label = (key, value)
+    spare = spare_cpus(share, label, nodes)
+
+    def cpus_of(streams: int) -> float:
+        return min(sum(cpus // streams for cpus in spare), share.data_cpus / streams)
+
+    streams = config.data_streams
+    if streams is None:
+        streams = min(math.ceil(cpus_of(1) / STREAM_CPUS) or 1, share.num_workers)
+        while streams > 1 and streams * cpus_of(streams) < 0.75 * cpus_of(1):
+            streams -= 1
+    there = ", ".join(f"{cpus:g}" for cpus in spare) or "none"
+    where = f" with the label {config.data_label}" if label else ""
+    if cpus_of(streams) < 1:
+        raise ClusterError(
+            f"{streams} streams of data: none is left a CPU; spare on the nodes{where}: {there}. "
+            "Lower cluster.num_workers, cluster.cpus_per_worker or cluster.data_streams, or add "
+            "CPUs: a reading task takes a whole one, and the streams share each node's equally"
+        )
+    if streams > share.num_workers:
+        raise ClusterError(
+            f"cluster.data_streams {streams}: each serves a worker at least, and there are "
+            f"{share.num_workers}; lower it"
+        )
+    return replace(
+        share,
+        streams=streams,
+        stream_cpus=cpus_of(streams),
+        object_store=config.object_store_share,
+        data_label=label,
+    )
+
+
+def spare_cpus(
+    share: Share, label: tuple[str, str] | None, nodes: list[dict[str, Any]]
+) -> list[float]:
+    """Return the CPUs that the workers leave on each node that may read, as Ray Data counts them.
+
+    Ray's AutoscalingCoordinator, which deals CPUs to Ray Data, fills the nodes with workers one
+    after the other: most GPUs first, then object store, memory, CPUs.
+    """
+    sizes = ("GPU", "object_store_memory", "memory", "CPU")
+    alive = [n for n in nodes if n["Alive"] and (n["Resources"].keys() & {"CPU", "GPU"})]
+    alive.sort(key=lambda n: (*(-n["Resources"].get(r, 0) for r in sizes), n["NodeID"]))
+    free = [{r: n["Resources"].get(r, 0.0) for r in ("CPU", "GPU")} for n in alive]
+    at = 0
+    for _ in range(share.num_workers):
+        for index in [*range(at, len(free)), *range(at)]:
+            node = free[index]
+            if node["CPU"] >= share.worker_cpus and node["GPU"] >= share.worker_gpus:
+                node["CPU"] -= share.worker_cpus
+                node["GPU"] -= share.worker_gpus
+                at = index
+                break
+    return [
+        room["CPU"]
+        for node, room in zip(alive, free, strict=True)
+        if label is None or (node.get("Labels") or {}).get(label[0]) == label[1]
+    ]
 
 
 def fit_to_gpus(config: Config, say: Callable[[str], None]) -> tuple[Config, bool]:

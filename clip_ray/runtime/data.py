@@ -1,31 +1,92 @@
 """Ray Data: the plan's blocks, read by tasks anywhere in the cluster, dealt in order to the ranks.
 
-One stream serves all ranks: a dataset of block numbers, mapped by a task that reads and decodes
-one block, split round robin with the order preserved. Rank 0 builds it from the commit that it
-chose, so that model and data cannot come from different commits. Every block carries its number
-and each rank checks that it got its own: a wrong deal is an error, never a wrong sample.
+A stream is one streaming execution of Ray Data: block numbers, mapped by tasks that read and decode
+one block each, dealt round robin with the order preserved. It serves consecutive ranks; one stream
+serves them all unless the cluster is too large for it (`cluster.deal_streams`). The first of a
+stream's ranks builds it, all from the commit that rank 0 chose, so that model and data cannot come
+from different commits. Every block carries its number and each rank checks that it got its own: a
+wrong deal is an error, never a wrong sample.
+
+Ray lists the tasks of an execution in advance, so an endless plan is cut into segments. The next
+one is built while the last runs, and started before it ends.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import queue
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 import ray
 import torch
 from ray.data import DataContext, ExecutionResources
 
-from clip_ray.data.blocks import BLOCK_BYTES, Batch, Block, BlockReader, Layout, assemble
-from clip_ray.errors import ClusterError, TrainingError
+from clip_ray.data.blocks import (
+    BLOCK_BYTES,
+    Arrays,
+    Batch,
+    Block,
+    BlockReader,
+    Layout,
+    assemble,
+)
+from clip_ray.errors import TrainingError
+from clip_ray.runtime.cluster import Share
 
-SEGMENT_BLOCKS = 16_384  # blocks of one streaming execution; Ray lists its tasks in advance
+SEGMENT_BLOCKS = 16_384  # blocks of one streaming execution
+LEAD_WINDOWS = 2  # before a segment's end, when the next is started
 FIRST_BATCH_TIMEOUT_S = 300.0
 CLOSE_S = 5.0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Deal:
+    """The blocks of one stream, in the order in which they are dealt.
+
+    Attributes:
+        layout: how the rows of a window are cut into blocks.
+        ranks: consecutive ranks that the stream serves.
+        windows: whole windows.
+    """
+
+    layout: Layout
+    ranks: range
+    windows: range
+
+    def __len__(self) -> int:
+        return len(self.windows) * self.layout.chunks * len(self.ranks)
+
+    def numbers(self, rank: int) -> range:
+        """Return the numbers (see `Layout.block_at`) of the blocks that a rank gets."""
+        first = self.windows.start * self.layout.blocks_per_window
+        last = self.windows.stop * self.layout.blocks_per_window
+        return range(first + rank, last, self.layout.world_size)
+
+
+def ranks_beside(rank: int, world_size: int, streams: int) -> range:
+    """Return the ranks that are served by the same stream as `rank`."""
+    stream = rank * streams // world_size
+    return range(-(-stream * world_size // streams), -(-(stream + 1) * world_size // streams))
+
+
+def segments(
+    layout: Layout, ranks: int, first_step: int, last_step: int, blocks: int
+) -> list[range]:
+    """Cut the windows of steps `[first_step, last_step)` into pieces of about `blocks` blocks."""
+    windows = range(first_step // layout.window, -(-last_step // layout.window))
+    stride = max(blocks // (layout.chunks * ranks), 1)
+    return [
+        range(first, min(first + stride, windows.stop))
+        for first in range(windows.start, windows.stop, stride)
+    ]
 
 
 @functools.lru_cache(maxsize=2)
@@ -36,69 +97,126 @@ def _reader(reference: ray.ObjectRef) -> BlockReader:
     return reader
 
 
-def build_stream(
-    reference: ray.ObjectRef, layout: Layout, blocks: range, data_cpus: float
-) -> list[ray.data.DataIterator]:
-    """Return one iterator a rank over the blocks of whole windows, in order.
+def read_block(reference: ray.ObjectRef, number: int) -> Block:
+    """Return a block with its number in each row; called in reading tasks."""
+    reader = _reader(reference)
+    block = reader.read(*reader.layout.block_at(number))
+    block["number"] = np.full(len(block["valid"]), number, np.int64)
+    return block
+
+
+def build_stream(reference: ray.ObjectRef, deal: Deal, share: Share) -> list[ray.data.DataIterator]:
+    """Return one iterator for each of a stream's ranks.
 
     Args:
         reference: a BlockReader in the object store.
-        layout: how blocks are dealt.
-        blocks: block numbers; whole windows.
-        data_cpus: CPUs that the reading tasks may use.
-
-    Raises:
-        ClusterError: fewer than one CPU is left for the tasks.
+        deal: the stream's blocks.
+        share: what the stream may use.
     """
-    if data_cpus < 1:
-        raise ClusterError(
-            f"{data_cpus:g} CPUs are left for reading data, and a task takes 1: lower "
-            "cluster.num_workers or cluster.cpus_per_worker"
-        )
-    first = blocks.start
+    # Numbers, not the deal, and a late import: Ray's coordinator of the stream unpickles the
+    # function, and would else import torch, which takes seconds and 100 MB.
+    first, world_size, ranks = deal.numbers(0).start, deal.layout.world_size, deal.ranks
 
-    def read(batch: dict[str, Any]) -> Block:
-        number = first + int(batch["id"][0])
-        block = _reader(reference).read(*layout.block_at(number))
-        block["number"] = np.full(len(block["valid"]), number, np.int64)
-        return block
+    def read(batch: dict[str, Any]) -> Any:
+        from clip_ray.runtime.data import read_block
 
+        row, turn = divmod(int(batch["id"][0]), len(ranks))
+        return read_block(reference, first + row * world_size + ranks[turn])
+
+    with DataContext.current(stream_context(share)):
+        dataset = ray.data.range(len(deal), override_num_blocks=len(deal))
+        dataset = dataset.map_batches(read, batch_size=None, batch_format="numpy")
+        # Blocks are equal as they are: made equal by Ray, the first would wait for the last rank's.
+        return dataset.streaming_split(len(ranks), equal=False)
+
+
+def stream_context(share: Share) -> DataContext:
+    """Return the settings of a stream's execution."""
     context = DataContext.get_current().copy()
-    context.execution_options.preserve_order = True
-    context.execution_options.resource_limits = ExecutionResources.for_limits(cpu=data_cpus)
+    options = context.execution_options
+    options.preserve_order = True
+    options.resource_limits = ExecutionResources.for_limits(cpu=share.stream_cpus)
+    if share.data_label is not None:
+        options.label_selector = dict([share.data_label])
+    context.override_object_store_memory_limit_fraction = share.object_store
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.memory_usage_poll_interval_s = None  # or each task starts a thread to measure itself
     # A block must travel as it is: split or joined, it would be dealt to the wrong rank.
     context.target_max_block_size = 8 * BLOCK_BYTES
-    with DataContext.current(context):
-        dataset = ray.data.range(len(blocks), override_num_blocks=len(blocks))
-        dataset = dataset.map_batches(read, batch_size=None, batch_format="numpy")
-        return dataset.streaming_split(layout.world_size, equal=True)
+    return context
 
 
-def segments(layout: Layout, first_step: int, last_step: int) -> list[range]:
-    """Cut the blocks of steps `[first_step, last_step)` into whole-window pieces for streams."""
-    per_window = layout.blocks_per_window
-    windows = range(first_step // layout.window, -(-last_step // layout.window))
-    stride = max(SEGMENT_BLOCKS // per_window, 1)
-    return [
-        range(w * per_window, min(w + stride, windows.stop) * per_window)
-        for w in range(windows.start, windows.stop, stride)
-    ]
+class _Pipe(Generic[T]):
+    """A bounded queue from one thread to another, that either may leave.
+
+    Args:
+        size: items that wait in it.
+        left: set by the receiver when it takes no more.
+    """
+
+    def __init__(self, size: int, left: threading.Event) -> None:
+        self._queue: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(size)
+        self._left = left
+
+    def fill(self, items: Callable[[], Iterator[T]]) -> None:
+        """Put all items, and then the end or what they raised."""
+        try:
+            for item in items():
+                if not self._put(item, None):
+                    return
+            self._put(None, None)
+        except BaseException as error:
+            self._put(None, error)
+
+    def _put(self, item: T | None, error: BaseException | None) -> bool:
+        while not self._left.is_set():
+            try:
+                self._queue.put((item, error), timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def take(self, timeout_s: float) -> Iterator[T]:
+        """Yield the items; raises what they raised, and queue.Empty where none comes in time."""
+        deadline = time.monotonic() + timeout_s
+        while not self._left.is_set():
+            try:
+                item, error = self._queue.get(timeout=0.1)
+            except queue.Empty:
+                if time.monotonic() > deadline:
+                    raise
+                continue
+            if error is not None:
+                raise error
+            if item is None:
+                return
+            yield item
+            deadline = time.monotonic() + timeout_s
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """A rank's blocks of one streaming execution, which runs when `begin` is set."""
+
+    begin: threading.Event
+    blocks: _Pipe[Block]
 
 
 class BatchStream:
-    """A rank's batches from `first_step` on, prefetched by a thread.
+    """A rank's batches from `first_step` on, prefetched by threads.
 
     Args:
-        recorder: the actor whose mailbox carries the streams from rank 0 to the others.
+        recorder: the actor whose mailbox carries the streams from their builders to the others.
         name: unique to the attempt.
         reference: a BlockReader in the object store.
         layout: how blocks are dealt.
         rank: this rank.
         first_step: first step delivered.
         last_step: the step after the last.
-        data_cpus: CPUs that the reading tasks may use.
+        share: CPUs and memory for reading, and the number of streams.
+        segment_blocks: blocks of one streaming execution.
     """
 
     def __init__(
@@ -110,67 +228,75 @@ class BatchStream:
         rank: int,
         first_step: int,
         last_step: int,
-        data_cpus: float,
+        share: Share,
+        segment_blocks: int = SEGMENT_BLOCKS,
     ) -> None:
         self._recorder, self._name, self._reference = recorder, name, reference
-        self._layout, self._rank, self._data_cpus = layout, rank, data_cpus
+        self._layout, self._rank, self._share = layout, rank, share
         self._steps = range(first_step, last_step)
-        # One window is being assembled, one waits here: the next is ready when a window ends.
-        self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(layout.window)
+        self._ranks = ranks_beside(rank, layout.world_size, share.streams)
+        self._pieces = segments(layout, len(self._ranks), first_step, last_step, segment_blocks)
+        self._boxes: list[str] = []
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._fill, name="batches", daemon=True)
+        # The next window is assembled while the half of this one that waits here is trained on.
+        self._batches: _Pipe[Batch] = _Pipe(max(layout.window // 2, 1), self._closed)
+        self._thread = threading.Thread(
+            target=self._batches.fill, args=(self._assembled,), name="batches", daemon=True
+        )
         self._thread.start()
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches; raises what the reading raised."""
-        timeout = FIRST_BATCH_TIMEOUT_S
-        while True:
-            try:
-                item = self._queue.get(timeout=timeout)
-            except queue.Empty:
-                raise TrainingError(
-                    f"rank {self._rank}: no batch within {timeout:g} s; the reading tasks are "
-                    "stuck or have no CPU (see the cluster's `ray status`)"
-                ) from None
-            if item is None:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+        try:
+            yield from self._batches.take(FIRST_BATCH_TIMEOUT_S)
+        except queue.Empty:
+            raise TrainingError(
+                f"rank {self._rank}: no batch within {FIRST_BATCH_TIMEOUT_S:g} s; the reading "
+                "tasks are stuck or have no CPU (see the cluster's `ray status`)"
+            ) from None
 
     def close(self) -> None:
-        """End the thread; batches not yet taken are dropped."""
+        """End the threads and the rank's streams; batches not yet taken are dropped."""
         self._closed.set()
+        for box in self._boxes:
+            # A stream lives, and holds its blocks, as long as somebody has its handle.
+            self._recorder.post.remote("", None, box)
         # Bounded: a thread that waits for a block that never comes is left behind, a daemon.
         self._thread.join(timeout=CLOSE_S)
 
-    def _put(self, item: Batch | BaseException | None) -> bool:
-        while not self._closed.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
+    def _assembled(self) -> Iterator[Batch]:
+        layout, pieces, arrays = self._layout, self._pieces, Arrays()
+        following = self._open(0)
+        for number, windows in enumerate(pieces):
+            current, opened = following, number + 1 == len(pieces)
+            current.begin.set()
+            blocks = current.blocks.take(FIRST_BATCH_TIMEOUT_S)
+            for window in windows:
+                left = windows.stop - window
+                if not opened and left <= max(len(windows) // 2, LEAD_WINDOWS):
+                    following, opened = self._open(number + 1), True
+                if left <= LEAD_WINDOWS:
+                    following.begin.set()
+                batches = assemble(itertools.islice(blocks, layout.chunks), layout, arrays)
+                for step, batch in enumerate(batches, window * layout.window):
+                    if step in self._steps:
+                        yield batch
 
-    def _fill(self) -> None:
-        try:
-            for number, blocks in enumerate(
-                segments(self._layout, self._steps.start, self._steps.stop)
-            ):
-                for batch in self._segment(number, blocks):
-                    if not self._put(batch):
-                        return
-            self._put(None)
-        except BaseException as error:
-            self._put(error)
+    def _open(self, number: int) -> _Segment:
+        segment = _Segment(threading.Event(), _Pipe(1, self._closed))
+        blocks = functools.partial(self._blocks, number, segment.begin)
+        threading.Thread(
+            target=segment.blocks.fill, args=(blocks,), name=f"segment {number}", daemon=True
+        ).start()
+        return segment
 
-    def _segment(self, number: int, blocks: range) -> Iterator[Batch]:
-        layout = self._layout
-        iterator = self._iterator(number, blocks)
-        step = blocks.start // layout.blocks_per_window * layout.window
-        expected = iter(n for n in blocks if layout.block_at(n)[2] == self._rank)
-        window: list[Block] = []
+    def _blocks(self, number: int, begin: threading.Event) -> Iterator[Block]:
+        deal = Deal(self._layout, self._ranks, self._pieces[number])
+        iterator = self._iterator(number, deal)
+        while not begin.wait(timeout=0.1):
+            if self._closed.is_set():
+                return
+        expected = iter(deal.numbers(self._rank))
         for block in iterator.iter_batches(batch_size=cast(int, None), batch_format="numpy"):
             wanted = next(expected, None)
             if wanted is None or not (block["number"] == wanted).all():
@@ -178,29 +304,28 @@ class BatchStream:
                     f"rank {self._rank}: expected block {wanted}, Ray Data delivered "
                     f"{np.unique(block['number'])}"
                 )
-            window.append(block)
-            if len(window) == layout.chunks:
-                for batch in assemble(window, layout):
-                    if step in self._steps:
-                        yield batch
-                    step += 1
-                window = []
-        if window or next(expected, None) is not None:
-            raise TrainingError(f"rank {self._rank}: Ray Data ended before block {blocks.stop}")
+            yield {name: array for name, array in block.items() if name != "number"}
+        wanted = next(expected, None)
+        if wanted is not None:
+            raise TrainingError(f"rank {self._rank}: Ray Data ended before block {wanted}")
 
-    def _iterator(self, number: int, blocks: range) -> ray.data.DataIterator:
-        box = f"{self._name}/{number}"
-        if self._rank == 0:
-            streams = build_stream(self._reference, self._layout, blocks, self._data_cpus)
-            # Every rank has begun the last segment: the one before it is needed no more.
-            old = f"{self._name}/{number - 2}"
+    def _iterator(self, number: int, deal: Deal) -> ray.data.DataIterator:
+        group = f"{self._name}/{deal.ranks.start}"
+        box = f"{group}/{number}"
+        if self._rank == deal.ranks.start:
+            streams = build_stream(self._reference, deal, self._share)
+            self._boxes.append(box)
+            # Every rank has begun the segment before this one, and needs no earlier one.
+            old = f"{group}/{number - 2}"
             ray.get(self._recorder.post.remote(box, streams, old), timeout=60)
             return streams[0]
         deadline = time.monotonic() + FIRST_BATCH_TIMEOUT_S
         while time.monotonic() < deadline and not self._closed.is_set():
             streams = ray.get(self._recorder.collect.remote(box), timeout=60)
             if streams is not None:
-                iterator: ray.data.DataIterator = streams[self._rank]
+                iterator: ray.data.DataIterator = streams[self._rank - deal.ranks.start]
                 return iterator
             time.sleep(0.1)
-        raise TrainingError(f"rank {self._rank}: rank 0 opened no stream for {box}")
+        raise TrainingError(
+            f"rank {self._rank}: rank {deal.ranks.start} opened no stream for {box}"
+        )

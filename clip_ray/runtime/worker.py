@@ -265,7 +265,7 @@ class _Attempt:
             self._rank,
             self._start.progress.step,
             job.total_steps,
-            job.share.data_cpus,
+            job.share,
         )
         if self._rank == 0:
             self._profile(self._start.progress.step)

@@ -10,7 +10,6 @@ from clip_ray.config import ClusterConfig, Config, TrainConfig
 from clip_ray.errors import ClusterError
 from clip_ray.runtime import cluster
 from clip_ray.runtime.cluster import absolute, fit_to_gpus, local_share, share_of
-from clip_ray.runtime.data import segments
 from clip_ray.runtime.train import resolve
 
 
@@ -103,13 +102,3 @@ def test_every_path_of_a_config_is_made_absolute(monkeypatch, tmp_path):
     assert found.tracking.uri == f"sqlite:///{here}/m.db"
     assert (Path(found.eval.datasets[0]) / "classnames.txt").exists()
     assert resolve(found) == found
-
-
-def test_streams_are_cut_at_whole_windows(monkeypatch):
-    from clip_ray.data.blocks import Layout
-    from clip_ray.runtime import data
-
-    layout = Layout(world_size=2, rows=8, window=4, chunks=3)  # 6 blocks a window
-    monkeypatch.setattr(data, "SEGMENT_BLOCKS", 13)  # room for two windows
-    assert segments(layout, 5, 22) == [range(6, 18), range(18, 30), range(30, 36)]
-    assert segments(layout, 0, 4) == [range(0, 6)]

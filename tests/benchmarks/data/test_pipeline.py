@@ -1,0 +1,123 @@
+"""CPU time an image costs from shard to batch, against a bare process and the field's loader.
+
+Marginal: a long run less a short one, so that starting up does not count. Ratios of one run are
+asserted; the table shows the rest.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from clip_ray.config import ClusterConfig, Config, S3Options, TrainConfig
+from clip_ray.data.blocks import BlockReader
+from clip_ray.runtime.cluster import connected
+from tests.benchmarks.data.cases import GLOBAL_BATCH, WINDOW, build_reader, write_shards
+from tests.benchmarks.data.measure import Pipeline, bare, usual
+
+pytestmark = pytest.mark.bench
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Size:
+    """A set of pictures, and how many steps (of whole windows) each loader takes of it."""
+
+    side: int
+    samples: int
+    distinct: int
+    steps: int
+    usual_steps: int
+
+
+SIZES = (
+    Size(side=256, samples=4096, distinct=128, steps=16, usual_steps=4),
+    Size(side=768, samples=1536, distinct=48, steps=8, usual_steps=2),
+)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
+    folder = tmp_path_factory.mktemp("run")
+    config = Config(cluster=ClusterConfig(num_workers=2, data_cpus=2), train=TrainConfig(steps=1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with connected(config, False, folder) as share:
+            yield Pipeline(folder, share)
+
+
+@pytest.fixture(scope="module")
+def aside(s3: S3Options) -> Iterator[ProcessPoolExecutor]:
+    """A process without Ray; it inherits the credentials that `s3` sets."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        yield pool
+
+
+def marginal(pipeline: Pipeline, reader: BlockReader, steps: int) -> float:
+    """Return CPU milliseconds an image, of `steps` steps more."""
+    short, long = range(WINDOW), range(WINDOW + steps)
+    seconds = pipeline.run(reader, long) - pipeline.run(reader, short)
+    return 1000 * seconds / (steps * GLOBAL_BATCH)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size.side}px")
+def test_cpu_time_of_an_image(size: Size, pipeline, aside, tmp_path: Path):
+    folder = write_shards(tmp_path / "shards", size.side, size.samples, size.distinct)
+    kilobytes = sum(f.stat().st_size for f in folder.iterdir()) / size.samples / 1000
+    reader = build_reader(str(folder))
+    # Processes started, modules imported, files cached, pages of the object store used once.
+    pipeline.run(reader, range(4 * WINDOW))
+    aside.submit(bare, reader, range(WINDOW)).result(timeout=120)
+    rounds: dict[str, list[float]] = {"bare": [], "ray": [], "usual": []}
+    for _ in range(ROUNDS):
+        steps = range(WINDOW, WINDOW + size.steps)
+        seconds = aside.submit(bare, reader, steps).result(timeout=120)
+        rounds["bare"].append(1000 * seconds / (len(steps) * GLOBAL_BATCH))
+        rounds["ray"].append(marginal(pipeline, reader, size.steps))
+        short, long = 4, 4 + size.usual_steps
+        seconds = aside.submit(usual, folder, short, long).result(timeout=120)
+        rounds["usual"].append(1000 * seconds / ((long - short) * GLOBAL_BATCH))
+    ms = {name: statistics.median(each) for name, each in rounds.items()}
+    private = pipeline.private_bytes / 1e9
+    print(f"\n{size.side} px, {kilobytes:.0f} kB a sample; CPU ms an image (each round)")
+    for name, each in rounds.items():
+        print(f"  {name:6} {ms[name]:6.3f}  ({', '.join(f'{x:.3f}' for x in each)})")
+    print(f"  ray / bare {ms['ray'] / ms['bare']:.2f}, ray / usual {ms['ray'] / ms['usual']:.2f}")
+    print(f"  private memory of driver and workers {private:.2f} GB")
+    assert ms["ray"] <= 1.15 * ms["bare"]
+    assert ms["ray"] <= ms["usual"] / 3
+    assert private <= 2.5
+
+
+def test_reading_from_s3(aside, s3, tmp_path: Path):
+    """The client's CPU time; moto's own is not ours."""
+    import boto3
+
+    size = SIZES[0]
+    folder = write_shards(tmp_path / "shards", size.side, size.samples, size.distinct)
+    client = boto3.client("s3", endpoint_url=s3.endpoint)
+    for file in folder.iterdir():
+        client.upload_file(str(file), "bucket", f"bench/{file.name}")
+    readers = {
+        "local": build_reader(str(folder)),
+        "s3": build_reader("s3://bucket/bench/*.tar", s3),
+    }
+    rounds: dict[str, list[float]] = {name: [] for name in readers}
+    for reader in readers.values():
+        aside.submit(bare, reader, range(WINDOW)).result(timeout=120)
+    steps = range(WINDOW, 2 * WINDOW)
+    for _ in range(ROUNDS):
+        for name, reader in readers.items():
+            seconds = aside.submit(bare, reader, steps).result(timeout=120)
+            rounds[name].append(1000 * seconds / (len(steps) * GLOBAL_BATCH))
+    ms = {name: statistics.median(each) for name, each in rounds.items()}
+    print(f"\nCPU ms an image: {', '.join(f'{k} {v:.3f}' for k, v in ms.items())}")
+    print(f"  s3 / local {ms['s3'] / ms['local']:.2f}")
+    assert ms["s3"] <= 1.2 * ms["local"]
