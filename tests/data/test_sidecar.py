@@ -120,7 +120,7 @@ def test_a_sidecar_gives_what_the_tar_would(
         local.write(name, store.read(name))
     here = config(str(local.root), s3, caption=caption)
     walked = build_manifest(here)
-    assert walked.offsets.lengths.tolist() == [7, 7]
+    assert walked.offsets.lengths.tolist() == [24, 24]
     for ours, theirs in ((built.held, walked.held), (built.holdout, walked.holdout)):
         assert ours.values.tolist() == theirs.values.tolist()
     assert built.skipped == walked.skipped and built.keys.tolist() == walked.keys.tolist()
@@ -210,9 +210,9 @@ def test_a_table_that_does_not_say_enough_is_no_sidecar(
     rest = {"key": pa.array(["x"]), "status": pa.array(["success"]), "caption": pa.array(["y"])}
     del rest[column]
     store.write("00000.parquet", write_parquet(tmp_path / "x.parquet", rest).read_bytes())
-    assert build_manifest(config(store.uri, s3)).offsets.lengths.tolist() == [7]
+    assert build_manifest(config(store.uri, s3)).offsets.lengths.tolist() == [24]
     store.write("00000.parquet", b"no Parquet file")
-    assert build_manifest(config(store.uri, s3)).offsets.lengths.tolist() == [7]
+    assert build_manifest(config(store.uri, s3)).offsets.lengths.tolist() == [24]
 
 
 @pytest.mark.parametrize("source", [{"image": "jpeg"}, {"caption": "json"}, {"caption": "cap"}])
@@ -231,7 +231,7 @@ def test_a_tar_that_begins_or_ends_otherwise_is_scanned(
     put(store, tmp_path, "00000", ROWS, foreign)
     data = config(store.uri, s3)
     built = build_manifest(data)
-    assert built.offsets.lengths.tolist() == [7]
+    assert built.offsets.lengths.tolist() == [24]
     assert read_samples(built.shard(0), data.sources[0], s3, 0, 1)[0].key == "other"
     put(store, tmp_path, "00000", ROWS)
     store.write("00000.tar", cut(tmp_path / "00000.tar", 20_000).read_bytes())
@@ -244,7 +244,7 @@ def test_sidecars_can_be_left_aside(
 ) -> None:
     put(store, tmp_path, "00000", ROWS)
     data = config(store.uri, s3).model_copy(update={"sidecars": False})
-    assert build_manifest(data).offsets.lengths.tolist() == [7]
+    assert build_manifest(data).offsets.lengths.tolist() == [24]
     assert fetched["parquet"] == 0 < fetched["tar"]
 
 
@@ -277,7 +277,7 @@ def test_a_changed_sidecar_is_read_again(
     assert (earlier.kept, fetched) == (1, {"tar": fetched["tar"], "parquet": 0})
     store.delete("00000.parquet")
     earlier = read_earlier(run, data, print)
-    assert build_manifest(data, earlier=earlier).offsets.lengths.tolist() == [7]
+    assert build_manifest(data, earlier=earlier).offsets.lengths.tolist() == [24]
     assert (earlier.kept, earlier.scanned) == (0, 1)
 
 
