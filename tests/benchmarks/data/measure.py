@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,12 @@ import psutil
 import ray
 import torch
 
+from clip_ray.config import ClusterConfig, Config, TrainConfig
 from clip_ray.data.blocks import BlockReader, read_batches
-from clip_ray.runtime.cluster import Share
+from clip_ray.runtime.cluster import Share, connected
 from clip_ray.runtime.data import BatchStream
 from clip_ray.runtime.recorder import Recorder
-from tests.benchmarks.data.cases import CONSUMERS, GLOBAL_BATCH, IMAGE_SIZE
+from tests.benchmarks.data.cases import CONSUMERS, GLOBAL_BATCH, IMAGE_SIZE, WINDOW, build_reader
 from tests.benchmarks.data.field import loader
 
 POLL_S = 2.0  # scanning all processes costs CPU time itself
@@ -146,3 +149,17 @@ class Pipeline:
         assert sum(ray.get(taken)) == len(steps) * GLOBAL_BATCH
         time.sleep(SETTLE_S)
         return self._clock.seconds() - begun
+
+
+def main(shards: str) -> None:
+    """Print the private bytes of a stream at default settings, in a driver that does only that."""
+    config = Config(cluster=ClusterConfig(num_workers=CONSUMERS), train=TrainConfig(steps=1))
+    with tempfile.TemporaryDirectory() as folder:
+        with connected(config, False, Path(folder)) as share:
+            pipeline = Pipeline(Path(folder), share)
+            pipeline.run(build_reader(shards), range(4 * WINDOW))
+            print(pipeline.private_bytes)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
