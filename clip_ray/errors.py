@@ -16,6 +16,10 @@ class DataError(ClipRayError):
     """Input data that is missing, damaged beyond the limit, or not what was indexed."""
 
 
+class StorageError(ClipRayError, OSError):
+    """A store that does not answer, after all its retries; it may later."""
+
+
 class CheckpointError(ClipRayError):
     """A checkpoint or run directory that cannot be written, read or resumed."""
 

@@ -154,7 +154,9 @@ class DataConfig(Section):
     )
     salvage: bool = Field(False, description="take the whole samples of truncated shards")
     sidecars: bool = Field(
-        True, description="index tars on S3 by the tables that img2dataset writes beside them"
+        False,
+        description="index tars on S3 by the tables that img2dataset writes beside them: at once, "
+        "but each tar is streamed whole by who first reads from it, so the first steps wait",
     )
     copies: bool = Field(False, description="train on shards that are copies of others, too")
     max_bad_fraction: Fraction = Field(

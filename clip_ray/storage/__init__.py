@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from clip_ray.config import S3Options
-from clip_ray.errors import ConfigError, DataError
+from clip_ray.errors import ConfigError, DataError, StorageError
 
 if TYPE_CHECKING:
     from clip_ray.storage.s3_reads import Reader
@@ -384,7 +384,9 @@ class S3Store:
         except ProfileNotFound as error:
             raise ConfigError(f"{self.root}: {error}; set s3.profile to one that exists") from error
         except BotoCoreError as error:
-            raise OSError(f"{self.root}: {error}; check s3.endpoint and the network") from error
+            raise StorageError(
+                f"{self.root}: {error}; check s3.endpoint and the network"
+            ) from error
         except PermissionError as error:
             raise ConfigError(
                 f"{self.root}: access denied by the store ({error}); check the credentials' "

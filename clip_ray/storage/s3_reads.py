@@ -25,6 +25,8 @@ from botocore.exceptions import FlexibleChecksumError, HTTPClientError, Incomple
 from botocore.parsers import ResponseParserError
 from fsspec.asyn import sync, sync_wrapper
 
+from clip_ray.errors import StorageError
+
 PART = 32 << 20  # bytes that one GET asks for at most: its time has a bound, so its size needs one
 _PARTS = 4  # parts of one file on their way at a time
 _BACKOFF_S = (0.2, 20.0)  # the first pause, doubled each time, and the longest
@@ -138,7 +140,8 @@ class Reader(s3fs.S3FileSystem):
             put: takes each part and the byte where it begins; called by one thread at a time.
 
         Raises:
-            OSError: the store failed for longer than the bound, or the file was replaced.
+            StorageError: the store failed for longer than the bound.
+            OSError: the file was replaced meanwhile.
         """
         sync(self.loop, self._read_parts, path, start, stop, put)
 
@@ -229,7 +232,7 @@ class Reader(s3fs.S3FileSystem):
                 spent = time.monotonic() - begin
                 wait = pause * self._random.uniform(0.5, 1)
                 if spent + wait >= self._retry_s:
-                    raise OSError(
+                    raise StorageError(
                         f"{what} failed {number} times in {spent:.1f} s and was given up; the "
                         f"last time: {_words(error)}. Check the network and s3.endpoint, or raise "
                         f"s3.retry_s ({self._retry_s:g})"

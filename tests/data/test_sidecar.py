@@ -86,7 +86,9 @@ def fetched(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 def config(path: str, s3: S3Options, **source: object) -> DataConfig:
-    return DataConfig(sources=(SourceConfig(path=path, **source),), s3=s3, holdout=0.2)
+    return DataConfig(
+        sources=(SourceConfig(path=path, **source),), s3=s3, holdout=0.2, sidecars=True
+    )
 
 
 def everything(manifest: Manifest, data: DataConfig) -> list[Sample | BadSample]:
