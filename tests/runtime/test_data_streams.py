@@ -152,7 +152,8 @@ def test_sixteen_ranks_with_fewer_spare_cpus_than_ranks_on_each_node(cluster, re
         ray.kill(host)
 
 
-@pytest.mark.parametrize("label", ["role=decode", pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("label", ["role=decode", None])
 def test_reading_stays_on_labelled_nodes(cluster, recorder, label):
     share = share_of(cluster, 2, data_label=label)
     layout = Layout(1, rows=4, window=2, chunks=1)
@@ -164,6 +165,7 @@ def test_reading_stays_on_labelled_nodes(cluster, recorder, label):
     assert (nodes == labelled) == (label is not None)
 
 
+@pytest.mark.slow
 def test_what_is_read_ahead_stays_below_its_share_of_the_object_store(cluster, recorder):
     layout = Layout(1, rows=32, window=2, chunks=1)
     side = 146
@@ -192,6 +194,7 @@ def store_used() -> float:
     return 3 * STORE_BYTES - ray.available_resources()["object_store_memory"]
 
 
+@pytest.mark.slow
 def test_the_next_segment_begins_without_a_stall(cluster, recorder, tmp_path):
     layout = Layout(1, rows=4, window=2, chunks=1)
     reader = [ray.put(FakeReader(layout))]

@@ -219,7 +219,7 @@ def test_a_killed_job_is_resumed_by_the_same_command(jobs, undisturbed):
     assert relative([v for _, v in found], [v for _, v in expected]) <= 1e-4
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, slow(signal.SIGINT)])
 def test_a_signal_commits_and_ends(jobs, undisturbed, number):
     job = jobs.start("stopped", *SLOW_STEPS)
     jobs.wait_for_step("stopped", 19)
@@ -252,6 +252,7 @@ def test_other_settings_under_the_same_name_are_refused(undisturbed):
     assert "--run.name clip-2" in output
 
 
+@pytest.mark.slow
 def test_a_run_can_be_extended(jobs):
     flags = ("--train.steps", "8", "--data.holdout", "0.02", "--eval.datasets", "[bundled:starter]")
     flags += ("--train.profile_steps", "[2, 3]")
@@ -290,6 +291,7 @@ def test_too_many_bad_images_stop_the_run(jobs, tmp_path):
     assert jobs.rows("bad")[-1]["step"] < 100
 
 
+@pytest.mark.slow
 def test_attempts_that_get_nowhere_end(jobs):
     """A commit that cannot be written fails every attempt: a file stands in its way."""
     jobs.run_dir("stuck").mkdir(parents=True)

@@ -280,7 +280,8 @@ def test_two_promotions_at_once(site):
     finally:
         holder.kill()
         holder.wait()
-    assert site.ask(driver.take_lock) is None
+    # Ray has to notice the death first.
+    wait_for(lambda: site.ask(driver.take_lock) is None, 15, "the killed promotion's lock")
 
 
 def test_a_new_replica_serves_the_promoted_model(site):

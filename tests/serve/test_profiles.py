@@ -33,6 +33,7 @@ from tests.serve.support import data_uri, offline
 
 pytestmark = [
     pytest.mark.ray,
+    pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="HAProxy is there on Linux only"),
 ]
 
