@@ -137,9 +137,8 @@ def pretrain(config: Config, command: list[str], say: Say = print) -> Ended:
             check_storage(config.run.storage, tracking_uri)
             run = prepare(store, config, lambda: index_data(config.data, store, say), say)
             if config.init.weights is not None and not Checkpoints(store).commits():
-                _, digest = initial_weights(
-                    run.config, run.tokenizer, store
-                )  # refused here, not later
+                # What does not fit is refused here, before any worker starts.
+                _, digest = initial_weights(run.config, run.tokenizer, store)
                 say(f"beginning from {config.init.weights} (digest {digest[:12]})")
             return _run_job(run, share, command, stop, say)
 

@@ -294,6 +294,17 @@ def test_too_many_bad_images_stop_the_run(jobs, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_that_is_not_finite_rolls_back_once_and_stops(jobs):
+    """A learning rate that no weight outlives: the first step's loss is finite, no other's."""
+    flags = ("--train.steps", "12", "--checkpoint.every_steps", "2", "--optim.lr", "1e30")
+    output = jobs.run("wild", *flags, code=2)
+    assert "not finite up to step 4, again after a roll-back: the features of rank 0, 1" in output
+    events = [row["event"] for row in jobs.rows("wild", "events")]
+    assert events.count("rollback") == 1 and "commit" not in events
+    assert [row["finite"] for row in jobs.rows("wild")] == [True, False, False, False] * 2
+
+
+@pytest.mark.slow
 def test_attempts_that_get_nowhere_end(jobs):
     """A commit that cannot be written fails every attempt: a file stands in its way."""
     jobs.run_dir("stuck").mkdir(parents=True)
