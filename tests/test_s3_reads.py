@@ -81,7 +81,8 @@ def test_each_read_outlives_each_fault(fault: str, proxy: Proxy, tmp_path: Path)
 
 @pytest.mark.usefixtures("_short_pauses")
 def test_a_store_that_is_down_is_given_up_in_time(proxy: Proxy, tmp_path: Path) -> None:
-    store = through(proxy, tmp_path, timeout_s=0.3, retry_s=1)
+    # The first attempt alone may take a second, where the machine is busy.
+    store = through(proxy, tmp_path, timeout_s=0.3, retry_s=4)
     store.write("x", b"123")
     for faults in (Faults(error=1), Faults(hang=1, hang_s=10)):
         proxy.begin(faults)
@@ -89,7 +90,7 @@ def test_a_store_that_is_down_is_given_up_in_time(proxy: Proxy, tmp_path: Path) 
         with pytest.raises(OSError, match="bytes 0 to 2 of s3://.*/x failed") as raised:
             store.read("x", 0, 2)
         # Not the bound itself: the pause before the last attempt may be as long as an attempt.
-        assert 0.5 < time.monotonic() - begin < 5
+        assert 3.5 < time.monotonic() - begin < 8
         said = int(re.search(r"failed (\d+) times", str(raised.value))[1])  # type: ignore[index]
         assert said > 1
         if faults.error:

@@ -9,7 +9,15 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 from urllib.parse import parse_qsl, urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 from clip_ray.config import zoo
 
@@ -87,7 +95,11 @@ class ClusterConfig(Section):
     address: PublicUri = Field(
         None, description="Ray address; none = RAY_ADDRESS, else a local Ray of our own"
     )
-    num_workers: PositiveInt = Field(1, description="training workers (one a GPU)")
+    num_workers: int | tuple[int, int] = Field(
+        1,
+        description="training workers (one a GPU); [MIN, MAX] = as many as the cluster has room "
+        "for, also when that changes",
+    )
     cpus_per_worker: float | None = Field(
         None, gt=0, description="CPUs reserved by a worker; none = 1, less on small machines"
     )
@@ -108,15 +120,49 @@ class ClusterConfig(Section):
     object_store_share: float = Field(
         0.5, gt=0, le=0.9, description="share of Ray's object store that data read ahead may fill"
     )
-    start_timeout_s: PositiveInt = Field(60, description="seconds to wait for the resources")
+    start_timeout_s: PositiveInt = Field(
+        60, description="seconds that a job waits for the resources at its start"
+    )
+    rejoin_timeout_s: PositiveInt = Field(
+        1800, description="seconds that a run waits for them after it has lost workers"
+    )
     collective_timeout_s: PositiveInt = Field(
         180,
         description="seconds after which a hung collective ends the attempt; reading or writing a "
         "checkpoint must take less",
     )
+    hang_timeout_s: float | None = Field(
+        None,
+        gt=0,
+        description="seconds without a step after which the worker that holds the others up is "
+        "ended and the run goes on from the last commit; none = 4.5 median steps, at least 8 s",
+    )
     max_fruitless_attempts: PositiveInt = Field(
         3, description="attempts without a new commit after which the run stops"
     )
+
+    @field_validator("num_workers", mode="wrap")
+    @classmethod
+    def _number_or_range(cls, value: Any, read: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            workers = read(value)
+            least, most = (workers, workers) if isinstance(workers, int) else workers
+        except ValueError:
+            least = most = 0
+        # More would overflow the float32 sums that the digest of the samples rides on.
+        if not 1 <= least <= most <= 8192:
+            raise ValueError("expected a number, or [MIN, MAX] with MIN <= MAX, of 1 to 8192")
+        return workers
+
+    @property
+    def worker_counts(self) -> range:
+        """Numbers of workers that the run may have."""
+        least, most = (
+            (self.num_workers, self.num_workers)
+            if isinstance(self.num_workers, int)
+            else self.num_workers
+        )
+        return range(least, most + 1)
 
 
 class SourceConfig(Section):

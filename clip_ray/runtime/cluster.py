@@ -20,12 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.autoscaler.sdk import request_resources
+from ray.util import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from clip_ray.config import ClusterConfig, Config
 from clip_ray.errors import ClusterError, ConfigError
 
 MIN_WORKER_CPUS = 0.25  # below this a worker and its process threads only fight for the core
+ROOM_S = 5.0  # a placement group that the nodes have room for is there in milliseconds
 STREAM_CPUS = 128  # reading tasks that one stream's coordinator, a single process, keeps busy
 _PACKAGES = "working_dir_files"  # folder name of Ray's unpacked working directories
 
@@ -105,6 +108,8 @@ def connected(config: Config, wants_gpu: bool, token_dir: Path) -> Iterator[Shar
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # The driver looks for nodes that are to be taken away itself (`runtime.room`).
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # How soon the controller notices a dead worker; Ray's default is 2 s.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     os.environ.setdefault(
@@ -117,7 +122,7 @@ def connected(config: Config, wants_gpu: bool, token_dir: Path) -> Iterator[Shar
         else:
             address = config.cluster.address or os.environ["RAY_ADDRESS"]
             _connect(address)
-            share = _cluster_share(config.cluster, wants_gpu)
+            share = wait_for_share(config.cluster, wants_gpu, config.cluster.start_timeout_s)
         yield deal_streams(share, config.cluster, ray.nodes())
     finally:
         ray.shutdown()
@@ -126,9 +131,10 @@ def connected(config: Config, wants_gpu: bool, token_dir: Path) -> Iterator[Shar
 def local_share(config: ClusterConfig, wants_gpu: bool) -> Share:
     """Return the share on a Ray of our own, which is told to have the CPUs that this takes."""
     cores = os.cpu_count() or 1
-    threads = max(cores // config.num_workers, 1)
+    workers = config.worker_counts[-1]
+    threads = max(cores // workers, 1)
     return Share(
-        num_workers=config.num_workers,
+        num_workers=workers,
         worker_cpus=config.cpus_per_worker or 1,
         worker_gpus=int(wants_gpu),
         data_cpus=config.data_cpus or max(1, min(cores // 2, 4)),
@@ -206,24 +212,120 @@ def _connect(address: str) -> None:
         ) from error
 
 
-def _cluster_share(config: ClusterConfig, wants_gpu: bool) -> Share:
-    """Share out the CPUs of a running cluster; wait, bounded, for an autoscaler to bring them."""
-    deadline = time.monotonic() + config.start_timeout_s
+def wait_for_share(
+    config: ClusterConfig,
+    wants_gpu: bool,
+    timeout_s: float,
+    say: Callable[[str], None] = lambda text: None,
+    check: Callable[[], None] = lambda: None,
+) -> Share:
+    """Share out the CPUs of a running cluster; wait for them, and ask its autoscaler for them.
+
+    Args:
+        config: what is asked for.
+        wants_gpu: each worker takes a GPU.
+        timeout_s: seconds to wait for the least number of workers.
+        say: told what is waited for.
+        check: called each second; what it raises ends the waiting.
+
+    Raises:
+        ClusterError: there is no room for the least number of workers within `timeout_s`.
+    """
+    deadline = time.monotonic() + timeout_s
+    found, problem = _share_with_room(config, wants_gpu)
+    if found is not None:
+        return found
+    most, cpus = config.worker_counts[-1], config.cpus_per_worker or 1
+    request_resources(bundles=worker_bundles(most, cpus, wants_gpu))
+    say(f"waiting up to {timeout_s:g} s for room: {problem}")
+    try:
+        while time.monotonic() < deadline:
+            check()
+            time.sleep(1)
+            found, problem = _share_with_room(config, wants_gpu)
+            if found is not None:
+                return found
+    finally:
+        request_resources(bundles=[])
+    raise ClusterError(f"{problem} (after {timeout_s:g} s)")
+
+
+def _share_with_room(config: ClusterConfig, wants_gpu: bool) -> tuple[Share | None, str]:
+    """Return the largest share whose workers the nodes take: sums do not say how CPUs lie."""
+    counts = config.worker_counts
     while True:
-        found, problem = share_of(ray.available_resources(), ray.nodes(), config, wants_gpu)
-        if found is not None:
-            return found
-        if time.monotonic() > deadline:
-            raise ClusterError(problem)
-        time.sleep(1)
+        config = config.model_copy(update={"num_workers": (counts[0], counts[-1])})
+        found, problem = share_of(free_resources(), usable_nodes(), config, wants_gpu)
+        if found is None or _has_room(found):
+            return found, problem
+        counts = range(counts[0], found.num_workers)
+        if not counts:
+            return None, (
+                f"{found.describe()}: no node has room for the last of the workers; lower "
+                "cluster.num_workers or cluster.cpus_per_worker"
+            )
+
+
+def _has_room(share: Share) -> bool:
+    gpu = bool(share.worker_gpus)
+    group = placement_group(worker_bundles(share.num_workers, share.worker_cpus, gpu))
+    try:
+        return bool(group.wait(ROOM_S))
+    finally:
+        remove_placement_group(group)
+
+
+def worker_bundles(workers: int, cpus: float, gpu: bool) -> list[dict[str, float]]:
+    """Return the resources of each of a run's workers."""
+    return [{"CPU": cpus} | ({"GPU": 1.0} if gpu else {})] * workers
+
+
+def usable_nodes() -> list[dict[str, Any]]:
+    """Return the nodes, as `ray.nodes()` does, that are there and will not soon be taken away."""
+    leaving = leaving_nodes()
+    return [n for n in ray.nodes() if n["Alive"] and n["NodeID"] not in leaving]
+
+
+def leaving_nodes() -> dict[str, int]:
+    """Return the nodes that are to be taken away, and when (ms since 1970; 0 = not said).
+
+    Ray Train looks in the same place: there is no public function.
+    """
+    found: dict[str, int] = ray._private.state.state.get_draining_nodes()
+    return found
+
+
+def free_resources() -> dict[str, float]:
+    """Return what is free on the nodes that will stay."""
+    by_node = ray._private.state.available_resources_per_node()
+    mine = [by_node.get(node["NodeID"], {}) for node in usable_nodes()]
+    return {name: sum(free.get(name, 0.0) for free in mine) for name in ("CPU", "GPU")}
 
 
 def share_of(
     free: dict[str, float], nodes: list[dict[str, Any]], config: ClusterConfig, wants_gpu: bool
 ) -> tuple[Share | None, str]:
-    """Return the share that a cluster's free resources allow, or none and why, in numbers."""
+    """Return the share that a cluster's free resources allow, or none and why, in numbers.
+
+    It has as many workers as there is room for; less than a whole CPU each, unless asked for, is
+    only for the least number.
+    """
+    least = config.worker_counts[0]
+    for workers in reversed(config.worker_counts[1:]):
+        found, _ = _share_for(workers, free, nodes, config, wants_gpu)
+        if found is not None and found.worker_cpus >= (config.cpus_per_worker or 1):
+            return found, ""
+    return _share_for(least, free, nodes, config, wants_gpu)
+
+
+def _share_for(
+    workers: int,
+    free: dict[str, float],
+    nodes: list[dict[str, Any]],
+    config: ClusterConfig,
+    wants_gpu: bool,
+) -> tuple[Share | None, str]:
     cpus, gpus = free.get("CPU", 0.0), free.get("GPU", 0.0)
-    workers = config.num_workers
     per_worker = config.cpus_per_worker
     reserved = config.data_cpus or 1.0
     if per_worker is None:
@@ -343,15 +445,15 @@ def fit_to_gpus(config: Config, say: Callable[[str], None]) -> tuple[Config, boo
     wanted = config.train.device
     if wanted == "cpu":
         return config, False
-    count, workers = _gpu_count(config), config.cluster.num_workers
+    count, counts = _gpu_count(config), config.cluster.worker_counts
+    workers = counts[-1]
     if wanted == "cuda":
-        if count < workers and is_local(config.cluster):
+        if count < counts[0] and is_local(config.cluster):
             raise ClusterError(
-                f"train.device cuda: {workers} workers take a GPU each, torch sees {count}; lower "
-                "cluster.num_workers or set train.device auto"
+                f"train.device cuda: {counts[0]} workers take a GPU each, torch sees {count}; "
+                "lower cluster.num_workers or set train.device auto"
             )
-        return config, True
-    if count == 0:
+    elif count == 0:
         return config, False
     if count < workers and is_local(config.cluster):
         say(f"{count} GPUs: {count} workers in the place of {workers} (the run is the same)")

@@ -21,13 +21,25 @@ import ray.train
 import ray.train.torch
 
 from clip_ray.errors import CheckpointError, TrainingError
-from clip_ray.runtime.cluster import Share
+from clip_ray.runtime.cluster import (
+    Share,
+    deal_streams,
+    is_local,
+    usable_nodes,
+    wait_for_share,
+    worker_bundles,
+)
 from clip_ray.runtime.progress import ProgressLine
-from clip_ray.runtime.recorder import CauseOfRestart
+from clip_ray.runtime.pulse import Hang, Health, Pulse, end_process
+from clip_ray.runtime.recorder import send_event
+from clip_ray.runtime.room import Room
 from clip_ray.runtime.worker import Job, Result, run_worker
 from clip_ray.tracking import Tracker
+from clip_ray.train.checkpoint import Checkpoints
+from clip_ray.train.hooks import Outcome
 from clip_ray.train.journal import Row, read_journal
 from clip_ray.train.rundir import Run
+from clip_ray.train.state import Progress
 
 POLL_S = 0.5
 STOP_TIMEOUT_S = 900.0  # a commit in the making and the last step
@@ -41,87 +53,187 @@ def fit_run(
     stop: Signals,
     start_step: int,
 ) -> Result:
-    """Run the training on a thread; report its progress and pass on signals until it ends.
+    """Train with one group of workers after the other until the run ends.
+
+    A group ends early where it loses a worker, or yields: to a cluster that has room for more of
+    them, or that takes a node away. The next one begins from the last commit, with as many workers
+    as there is room for.
 
     Raises:
-        TrainingError: Ray Train gave up, or the user would not wait for the last commit.
+        TrainingError: groups fail without a new commit, or the user would not wait for the last.
+        ClusterError: a lost worker was not replaced in time.
     """
-    config = run.config
-    job = Job(
-        config=config,
-        run_uri=run.store.uri,
-        total_steps=run.total_steps,
-        samples_per_pass=run.manifest.total,
-        plan_digest=run.plan.digest,
-        layout=run.layout(share.num_workers),
-        reader=[ray.put(run.reader(share.num_workers))],
-        recorder=recorder,
-        share=share,
-        tokenizer=run.tokenizer.to_bytes(),
-        driver=uuid.uuid4().hex,
-    )
-    resources = {"CPU": share.worker_cpus} | ({"GPU": 1} if share.worker_gpus else {})
-    scratch = tempfile.mkdtemp(prefix="clip-ray-train-")
-    api: Any = ray.train  # its static types are those of Train V1
-    trainer = api.torch.TorchTrainer(
-        run_worker,
-        train_loop_config={"job": job},
-        torch_config=api.torch.TorchConfig(
-            backend="cpu:gloo,cuda:nccl" if share.worker_gpus else "gloo",
-            timeout_s=config.cluster.collective_timeout_s,
-        ),
-        scaling_config=api.ScalingConfig(
-            num_workers=share.num_workers,
-            use_gpu=bool(share.worker_gpus),
-            resources_per_worker=resources,
-        ),
-        run_config=api.RunConfig(
-            name=f"{config.run.name}-{job.driver[:8]}",
-            storage_path=scratch,
-            failure_config=api.FailureConfig(max_failures=-1, controller_failure_limit=3),
-            callbacks=[CauseOfRestart(recorder)],
-        ),
-    )
-    ended: list[Any] = []
-
-    def fit() -> None:
-        try:
-            ended.append(trainer.fit().return_value)
-        except BaseException as error:
-            ended.append(error)
-
-    thread = threading.Thread(target=fit, name="fit", daemon=True)
     line = ProgressLine(run, start_step, sys.stderr)
     watch = _Watch(run, recorder, tracker, line)
+    driver, fruitless = uuid.uuid4().hex, 0
     stop.deferred = True
     try:
-        thread.start()
-        deadline = float("inf")
-        while thread.is_alive():
-            thread.join(timeout=POLL_S)
-            watch.poll()
-            if stop.received and deadline == float("inf"):
-                deadline = time.monotonic() + STOP_TIMEOUT_S
-                line.note(f"{stop.name}: committing, then stopping (again: stop at once)")
-            if stop.received:
-                recorder.request_stop.remote()  # each time: a restarted recorder has forgotten
-            if stop.lease_lost.is_set():
-                raise CheckpointError(
-                    f"run {run.store.uri} was taken over by another job while this one did not run"
-                )
-            if stop.count > 1 or time.monotonic() > deadline:
-                raise TrainingError(f"stopped by {stop.name} before the commit was written")
-        watch.poll()
+        while True:
+            commit = _newest_commit(run)
+            ended = _Group(run, share, recorder, driver, watch, stop).follow()
+            if isinstance(ended, Result):
+                if ended.outcome is None or ended.outcome.reason != "yielded":
+                    return ended
+            elif _newest_commit(run) == commit:
+                fruitless += 1
+                if fruitless >= run.config.cluster.max_fruitless_attempts:
+                    raise TrainingError(
+                        f"{fruitless} groups of workers in a row ended without a new commit; the "
+                        f"last: {type(ended).__name__}: {ended} (all in "
+                        f"{run.store.uri}/events.jsonl)"
+                    ) from ended
+            else:
+                fruitless = 0
+            try:
+                share = _next_share(run, share, line, stop)
+            except _StoppedError:
+                return Result(Outcome("stopped", Progress(0, run.plan.digest)))
     finally:
         stop.deferred = False
         line.close()
-        shutil.rmtree(scratch, ignore_errors=True)
-    if isinstance(ended[0], BaseException):
-        raise TrainingError(f"Ray Train gave up: {type(ended[0]).__name__}: {ended[0]}") from ended[
-            0
-        ]
-    result: Result = ended[0]
-    return result
+
+
+class _StoppedError(Exception):
+    """A signal came while there was no group of workers."""
+
+
+def _newest_commit(run: Run) -> str:
+    commits = Checkpoints(run.store).commits()
+    return commits[-1].name if commits else ""
+
+
+def _next_share(run: Run, share: Share, line: ProgressLine, stop: Signals) -> Share:
+    """Wait, bounded, until the cluster has room for the next group of workers."""
+    cluster = run.config.cluster
+
+    def check() -> None:
+        stop.check(run.store.uri)
+        if stop.received:
+            raise _StoppedError
+
+    check()
+    if is_local(cluster):
+        return share
+    gpu = bool(share.worker_gpus)
+    found = wait_for_share(cluster, gpu, cluster.rejoin_timeout_s, line.note, check)
+    found = deal_streams(found, cluster, usable_nodes())
+    if found.num_workers != share.num_workers:
+        line.note(f"{found.num_workers} workers in the place of {share.num_workers}")
+    return found
+
+
+class _Group:
+    """One group of workers: Ray Train's `fit()` on a thread, and all that is watched meanwhile."""
+
+    def __init__(
+        self, run: Run, share: Share, recorder: Any, driver: str, watch: _Watch, stop: Signals
+    ) -> None:
+        self._run, self._share, self._recorder = run, share, recorder
+        self._watch, self._stop = watch, stop
+        config = run.config
+        self._name = uuid.uuid4().hex
+        self._job = Job(
+            config=config,
+            run_uri=run.store.uri,
+            total_steps=run.total_steps,
+            samples_per_pass=run.manifest.total,
+            plan_digest=run.plan.digest,
+            layout=run.layout(share.num_workers),
+            reader=[ray.put(run.reader(share.num_workers))],
+            recorder=recorder,
+            share=share,
+            tokenizer=run.tokenizer.to_bytes(),
+            driver=driver,
+            group=self._name,
+        )
+        self._health = Health(config.cluster.hang_timeout_s, config.cluster.collective_timeout_s)
+        self._room = Room(config.cluster, share)
+        self._asked = self._hung = False
+
+    def follow(self) -> Result | BaseException:
+        """Return how the group ended, or what ended it."""
+        scratch = tempfile.mkdtemp(prefix="clip-ray-train-")
+        trainer = self._trainer(scratch)
+        ended: list[Any] = []
+
+        def fit() -> None:
+            try:
+                ended.append(trainer.fit().return_value)
+            except BaseException as error:
+                ended.append(error)
+
+        thread = threading.Thread(target=fit, name="fit", daemon=True)
+        self._recorder.forget.remote("yield")
+        try:
+            thread.start()
+            deadline = float("inf")
+            while thread.is_alive():
+                thread.join(timeout=POLL_S)
+                self._health.took(self._watch.poll())
+                if self._stop.received and deadline == float("inf"):
+                    deadline = time.monotonic() + STOP_TIMEOUT_S
+                    self._watch.note(
+                        f"{self._stop.name}: committing, then stopping (again: stop at once)"
+                    )
+                if self._stop.received:
+                    self._recorder.ask.remote("stop")  # each time: a restarted one has forgotten
+                self._stop.check(self._run.store.uri)
+                if time.monotonic() > deadline:
+                    raise TrainingError(
+                        f"{self._stop.name}: no commit within {STOP_TIMEOUT_S:g} s; stopped without"
+                    )
+                self._watch_workers()
+            self._watch.poll()
+        finally:
+            self._room.close()
+            shutil.rmtree(scratch, ignore_errors=True)
+        how: Result | BaseException = ended[0]
+        return how
+
+    def _trainer(self, scratch: str) -> Any:
+        config, share = self._run.config, self._share
+        (resources, *_) = worker_bundles(1, share.worker_cpus, bool(share.worker_gpus))
+        api: Any = ray.train  # its static types are those of Train V1
+        return api.torch.TorchTrainer(
+            run_worker,
+            train_loop_config={"job": self._job},
+            torch_config=api.torch.TorchConfig(
+                backend="cpu:gloo,cuda:nccl" if share.worker_gpus else "gloo",
+                timeout_s=config.cluster.collective_timeout_s,
+            ),
+            scaling_config=api.ScalingConfig(
+                num_workers=share.num_workers,
+                use_gpu=bool(share.worker_gpus),
+                resources_per_worker=resources,
+            ),
+            run_config=api.RunConfig(
+                name=f"{config.run.name}-{self._name[:8]}",
+                storage_path=scratch,
+                # The next group is ours to begin: with as many workers as there is room for then.
+                failure_config=api.FailureConfig(
+                    max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+                ),
+                callbacks=[CauseOfRestart(self._recorder)],
+            ),
+        )
+
+    def _watch_workers(self) -> None:
+        """End a worker that hangs; ask the group to yield where the cluster changes."""
+        pulses = self._watch.pulses(self._name, stacks=self._health.suspects)
+        hang = None if self._hung else self._health.judge(pulses)
+        if hang is not None:
+            self._hung = True  # the group ends: what was last heard of it says nothing more
+            self._watch.hang(hang, end_process(hang.pulse))
+        slow = self._health.slow(pulses)
+        if slow is not None:
+            self._watch.slow(slow)
+        why = self._room.why_yield({pulse.node for pulse in pulses})
+        if why and not self._asked:
+            self._watch.note(f"{why}: committing, then going on with other workers")
+            self._watch.event("yield", why=why)
+            self._asked = True
+        if self._asked:
+            self._recorder.ask.remote("yield")
 
 
 class _Watch:
@@ -130,14 +242,16 @@ class _Watch:
     def __init__(self, run: Run, recorder: Any, tracker: Tracker, line: ProgressLine) -> None:
         self._run, self._recorder, self._tracker, self._line = run, recorder, tracker, line
         self._incarnation, self._cursor = "", 0
+        self._slow = ""
+        self.note = line.note
 
-    def poll(self) -> None:
-        """Take what is new. A recorder that is restarting is asked again the next time."""
+    def poll(self) -> list[Row]:
+        """Take what is new, and return the steps. A recorder that restarts is asked again."""
         try:
             call = self._recorder.log_since.remote(self._incarnation, self._cursor)
             incarnation, self._cursor, rows = ray.get(call, timeout=30)
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
-            return
+            return []
         if self._incarnation and incarnation != self._incarnation:
             # What the last one took and had not yet told: the journal has it.
             self._tracker.offer(read_journal(self._run.store, "metrics"))
@@ -150,6 +264,43 @@ class _Watch:
             elif journal == "quarantine":
                 self._line.bad(row)
         self._line.steps(metrics, self._tracker.lag())
+        return metrics
+
+    def pulses(self, group: str, stacks: bool) -> list[Pulse]:
+        """Return the last sign of life of each worker."""
+        try:
+            found: list[Pulse] = ray.get(self._recorder.pulses.remote(group, stacks), timeout=30)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+            return []
+        return found
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Journal an event of the driver's."""
+        send_event(self._recorder, {"time": time.time(), "event": name, **fields})
+
+    def hang(self, hang: Hang, how: str) -> None:
+        """Say which worker hung, and where."""
+        pulse = hang.pulse
+        self.note(f"{pulse.who} hangs: {hang.why}; {how}")
+        self.event(
+            "hang",
+            rank=pulse.rank,
+            host=pulse.host,
+            pid=pulse.pid,
+            step=pulse.step,
+            phase=pulse.phase,
+            why=hang.why,
+            ended=how,
+            stack=pulse.stack,
+        )
+
+    def slow(self, pulse: Pulse) -> None:
+        """Say, once for each rank and phase, what all wait for."""
+        text = f"all wait for {pulse.who}, in {pulse.phase}"
+        if text != self._slow:
+            self._slow = text
+            self.note(f"{text} for {pulse.still_s:.0f} s")
+            self.event("slow", rank=pulse.rank, host=pulse.host, phase=pulse.phase)
 
     def _event(self, row: Row) -> None:
         kind = row["event"]
@@ -172,6 +323,23 @@ class _Watch:
             self._line.note("MLflow answers again")
 
 
+class CauseOfRestart(ray.train.UserCallback):
+    """Tells the recorder why a worker group ended; runs in Ray Train's controller."""
+
+    def __init__(self, recorder: Any) -> None:
+        self._recorder = recorder
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Journal the first line of each rank's exception."""
+        causes = {
+            str(rank): f"{type(e).__name__}: {str(e).strip().splitlines()[-1][:300]}"
+            for rank, e in worker_exceptions.items()
+            if str(e).strip()
+        }
+        row = {"time": time.time(), "event": "attempt_failed", "causes": causes}
+        send_event(self._recorder, row)
+
+
 class Signals:
     """What may end a run from outside, as facts to look at: signals, and the loss of the lease."""
 
@@ -185,6 +353,20 @@ class Signals:
     def name(self) -> str:
         """Name of the last signal received, such as SIGTERM."""
         return signal.Signals(self.received).name if self.received else ""
+
+    def check(self, run_uri: str) -> None:
+        """Raise where nothing more is to be waited for.
+
+        Raises:
+            TrainingError: a second signal came.
+            CheckpointError: another job has the run's lease.
+        """
+        if self.lease_lost.is_set():
+            raise CheckpointError(
+                f"run {run_uri} was taken over by another job while this one did not run"
+            )
+        if self.count > 1:
+            raise TrainingError(f"stopped by {self.name} before the commit was written")
 
     def own(self) -> None:
         """Make SIGINT and SIGTERM come here; only the main thread can."""

@@ -44,6 +44,7 @@ def start_block(
         ("length", f"{run.total_steps} steps of {config.train.global_batch} = "
                    f"{run.plan.passes_at(run.total_steps):.1f} passes{here}"),
         ("cluster", f"{share.describe()}; {device}"),
+        *_elastic(run),
         ("memory", f"{_size(buffer)} of decoded samples buffered by each worker"),
         ("storage", f"{_size(model_bytes * kept)} for {kept} checkpoints"
                     f"{_free(run.store.uri, model_bytes * kept)}"),
@@ -54,6 +55,18 @@ def start_block(
         ("resume", " ".join(command)),
     ]  # fmt: skip
     return "\n".join(f"  {name:<8} {text}" for name, text in lines)
+
+
+def _elastic(run: Run) -> list[tuple[str, str]]:
+    """Say how a step's samples are dealt to each number of workers that the run may have."""
+    counts = run.config.cluster.worker_counts
+    if len(counts) == 1:
+        return []
+    rows = [run.layout(workers).rows for workers in counts]
+    dealt = ", ".join(map(str, rows)) if len(rows) <= 8 else f"{rows[0]} to {rows[-1]}"
+    idle = "" if counts[-1] <= run.config.train.global_batch else "  TOO MANY: some get no sample"
+    text = f"{counts[0]} to {counts[-1]} workers, as there is room: {dealt} samples of a step each"
+    return [("elastic", text + idle)]
 
 
 def _checkpoint_bytes(run: Run) -> int:

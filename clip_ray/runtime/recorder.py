@@ -1,8 +1,8 @@
 """The recorder: one actor on the driver's node through which a run's facts flow.
 
-Training ranks send journal rows to it without ever waiting, and learn from its answers whether
-the run has been asked to stop; the driver reads it for the progress line and MLflow. It also
-carries rank 0's stream handles to the other ranks.
+Training ranks send journal rows to it without ever waiting, and learn from its answers what the
+run has been asked to do; the driver reads it for the progress line and MLflow. It also carries
+the stream handles of the ranks that open streams to the others.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from __future__ import annotations
 import threading
 import time
 import uuid
+from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.train import UserCallback
 
 from clip_ray.config import S3Options
+from clip_ray.runtime.pulse import Pulse
 from clip_ray.storage import LocalStore, open_store
+from clip_ray.train.hooks import Word
 from clip_ray.train.journal import Journal, Row
 
 JOURNALS = ("metrics", "events", "quarantine")
@@ -35,14 +37,16 @@ class Recorder:
         self._log: list[tuple[str, Row]] = []
         self._dropped = 0
         self._taken: dict[str, int] = {}
-        self._stop = False
+        self._asked: set[Word] = set()
         self._mailbox: dict[str, Any] = {}
+        self._group, self._stacks = "", False
+        self._pulses: dict[int, tuple[float, Pulse]] = {}
         self._flushed = time.monotonic()
         self._durable: dict[str, int] = {}
 
     def append(
         self, sender: str, first: int, rows: list[tuple[str, Row]], durable: bool = False
-    ) -> tuple[bool, int]:
+    ) -> tuple[set[Word], int]:
         """Journal a sender's `(journal, row)` pairs.
 
         Args:
@@ -52,7 +56,7 @@ class Recorder:
             durable: flush the journals now.
 
         Returns:
-            Whether the run has been asked to stop, and how many of the sender's rows are durable.
+            What the run has been asked to do, and how many of the sender's rows are durable.
         """
         new = rows[max(self._taken.get(sender, first) - first, 0) :]
         for name in JOURNALS:
@@ -67,7 +71,7 @@ class Recorder:
             self._flushed = time.monotonic()
             self._durable = dict(self._taken)
         safe = self._taken if self._durable_at_once else self._durable
-        return self._stop, safe.get(sender, 0)
+        return self._asked, safe.get(sender, 0)
 
     def log_since(self, incarnation: str, cursor: int) -> tuple[str, int, list[tuple[str, Row]]]:
         """Return the rows taken since `cursor`; earlier ones are forgotten.
@@ -82,9 +86,28 @@ class Recorder:
         self._log, self._dropped = self._log[keep:], self._dropped + keep
         return self._incarnation, self._dropped + len(self._log), self._log
 
-    def request_stop(self) -> None:
-        """Ask the run to commit and end; the ranks hear of it with their next answer."""
-        self._stop = True
+    def ask(self, word: Word) -> None:
+        """Ask the ranks for something; they hear of it with their next answer."""
+        self._asked.add(word)
+
+    def forget(self, word: Word) -> None:
+        """Ask no more: a new group of workers begins."""
+        self._asked.discard(word)
+
+    def beat(self, group: str, pulse: Pulse) -> bool:
+        """Take a rank's sign of life; return whether its stack is wanted."""
+        if group != self._group:
+            self._group, self._pulses, self._stacks = group, {}, False
+        self._pulses[pulse.rank] = (time.monotonic(), pulse)
+        return self._stacks
+
+    def pulses(self, group: str, stacks: bool = False) -> list[Pulse]:
+        """Return the last sign of life of each rank of a group; ask for stacks from now on."""
+        if group != self._group:
+            return []
+        self._stacks = stacks
+        now = time.monotonic()
+        return [replace(pulse, age_s=now - at) for at, pulse in self._pulses.values()]
 
     def post(self, name: str, content: Any, replaces: str = "") -> None:
         """Leave something in the mailbox, in the place of what was posted under `replaces`."""
@@ -115,7 +138,7 @@ class Reporter:
         self._first = 0  # number of the first row that is kept
         self._sent = 0  # number of the first row that is not sent
         self._call: Any = None
-        self.stop_requested = False
+        self.asked: set[Word] = set()
 
     def add(self, journal: str, rows: list[Row]) -> None:
         """Queue rows and send them when the last call has been answered."""
@@ -154,14 +177,14 @@ class Reporter:
             if not ready:
                 return
             try:
-                stop, safe = ray.get(self._call)
-                self.stop_requested |= stop
+                asked, safe = ray.get(self._call)
+                self.asked = asked
                 self._rows = self._rows[max(safe - self._first, 0) :]
                 self._first = max(self._first, safe)
             except ray.exceptions.RayError:
                 self._sent = self._first  # it restarted: what is not known to be durable, again
             self._call = None
-        # With nothing to send too: the answer carries the wish to stop.
+        # With nothing to send too: the answer carries what is asked.
         rows = self._rows[self._sent - self._first :]
         self._call = self._recorder.append.remote(self._sender, self._sent, rows, durable)
         self._sent += len(rows)
@@ -170,20 +193,3 @@ class Reporter:
 def send_event(recorder: Any, row: Row) -> None:
     """Journal one event, from a process that has no Reporter; does not wait."""
     recorder.append.remote(uuid.uuid4().hex, 0, [("events", row)])
-
-
-class CauseOfRestart(UserCallback):
-    """Tells the recorder why a worker group ended; runs in Ray Train's controller."""
-
-    def __init__(self, recorder: Any) -> None:
-        self._recorder = recorder
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Journal the first line of each rank's exception."""
-        causes = {
-            str(rank): f"{type(e).__name__}: {str(e).strip().splitlines()[-1][:300]}"
-            for rank, e in worker_exceptions.items()
-            if str(e).strip()
-        }
-        row = {"time": time.time(), "event": "attempt_failed", "causes": causes}
-        send_event(self._recorder, row)

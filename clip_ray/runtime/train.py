@@ -249,9 +249,11 @@ def _raise_failure(result: Result, run: Run) -> None:
 
 
 def _stopped(run: Run, tracker: Tracker, command: list[str], say: Say) -> Row:
-    last = Checkpoints(run.store).commits()[-1]
+    commits = Checkpoints(run.store).commits()
+    step = commits[-1].step if commits else 0
     say(
-        f"stopped at step {last.step} of {run.total_steps}; committed: {last.name}\n"
+        f"stopped at step {step} of {run.total_steps}; "
+        f"{f'committed: {commits[-1].name}' if commits else 'nothing is committed yet'}\n"
         f"to resume: {' '.join(command)}"
     )
-    return {"status": "stopped", "steps": last.step, "run_id": tracker.run_id}
+    return {"status": "stopped", "steps": step, "run_id": tracker.run_id}

@@ -11,6 +11,7 @@ import json
 import os
 import threading
 import time
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,15 @@ from clip_ray.data.blocks import Layout
 from clip_ray.errors import CheckpointError, ConfigError, RegistryError, TrainingError
 from clip_ray.runtime.cluster import Share
 from clip_ray.runtime.data import BatchStream
+from clip_ray.runtime.pulse import Heart
 from clip_ray.runtime.recorder import Reporter
 from clip_ray.storage import Store, open_store
 from clip_ray.tokenizer import Tokenizer
 from clip_ray.train.checkpoint import Checkpoints, Commit
+from clip_ray.train.hooks import Outcome, Word
 from clip_ray.train.initial import initial_weights
 from clip_ray.train.journal import Row, last_row, read_journal
-from clip_ray.train.loop import Outcome, train
+from clip_ray.train.loop import train
 from clip_ray.train.state import Progress, broadcast, build_state, restore, snapshot
 
 JOURNAL_TIMEOUT_S = 60.0
@@ -57,6 +60,7 @@ class Job:
         share: CPUs and GPUs.
         tokenizer: serialised, saved with each commit.
         driver: unique to the job that started the attempt; enters its record.
+        group: unique to the group of workers.
     """
 
     config: Config
@@ -70,6 +74,7 @@ class Job:
     share: Share
     tokenizer: bytes
     driver: str
+    group: str
 
 
 @dataclass
@@ -97,9 +102,19 @@ def run_worker(settings: dict[str, Job]) -> Result:
         torch.cuda.set_device(device)
     device = device or torch.device("cpu")
     reporter = Reporter(job.recorder)
+    heart = Heart(job.recorder, job.group, rank, context.get_world_size())
+    try:
+        return _run_attempts(job, rank, device, reporter, heart)
+    finally:
+        heart.end()
+
+
+def _run_attempts(
+    job: Job, rank: int, device: torch.device, reporter: Reporter, heart: Heart
+) -> Result:
     last_rollback: int | None = None
     while True:
-        attempt = _begin(job, rank, device, reporter)
+        attempt = _begin(job, rank, device, reporter, heart)
         if isinstance(attempt, tuple):
             return Result(error=attempt)
         outcome = attempt.run()
@@ -124,7 +139,7 @@ class _Start:
 
 
 def _begin(
-    job: Job, rank: int, device: torch.device, reporter: Reporter
+    job: Job, rank: int, device: torch.device, reporter: Reporter, heart: Heart
 ) -> _Attempt | tuple[str, str]:
     """Build model and optimizer, and load the commit that rank 0 chose, on every rank."""
     model, optimizer = build_state(job.config, device)
@@ -143,7 +158,7 @@ def _begin(
         return start.error
     if world_size > 1:
         broadcast(model, optimizer, start.commit is not None)
-    return _Attempt(job, rank, world_size, device, model, optimizer, start, reporter)
+    return _Attempt(job, rank, world_size, device, model, optimizer, start, reporter, heart)
 
 
 def _decide(
@@ -234,9 +249,10 @@ class _Attempt:
         optimizer: torch.optim.Optimizer,
         start: _Start,
         reporter: Reporter,
+        heart: Heart,
     ) -> None:
         self._job, self._rank, self._device = job, rank, device
-        self._start, self._reporter = start, reporter
+        self._start, self._reporter, self._heart = start, reporter, heart
         self._bare, self._optimizer = model, optimizer
         if job.config.train.compile:
             model.compile()
@@ -253,6 +269,7 @@ class _Attempt:
         self._writer: threading.Thread | None = None
         self._writer_error: BaseException | None = None
         self._profiler: Any = None
+        self._committed_as_asked = False
 
     def run(self) -> Outcome:
         """Run the loop to its end, and wait for the last commit."""
@@ -284,6 +301,7 @@ class _Attempt:
             )
         finally:
             stream.close()
+        self._heart.moved(outcome.progress.step, "ending")
         self._join_writer(COMMIT_TIMEOUT_S)
         self._reporter.drain(JOURNAL_TIMEOUT_S)
         return outcome
@@ -296,6 +314,7 @@ class _Attempt:
 
     def record(self, row: Row) -> None:
         """See `train.loop.Hooks`."""
+        self._heart.moved(row["step"], "profile")
         self._profile(row["step"])
         self._reporter.add("metrics", [row])
 
@@ -303,13 +322,21 @@ class _Attempt:
         """See `train.loop.Hooks`."""
         self._reporter.add("quarantine", rows)
 
-    def wants_stop(self) -> bool:
+    def asked(self) -> Set[Word]:
         """See `train.loop.Hooks`."""
         self._reporter.advance()
-        return self._reporter.stop_requested
+        asked = self._reporter.asked
+        if "commit" not in asked:
+            self._committed_as_asked = False
+        return asked - {"commit"} if self._committed_as_asked else asked
+
+    def entered(self, step: int, phase: str) -> None:
+        """See `train.loop.Hooks`."""
+        self._heart.moved(step, phase)
 
     def commit(self, progress: Progress) -> None:
         """See `train.loop.Hooks`: rank 0 takes a snapshot, a thread writes it."""
+        self._committed_as_asked = True
         if self._rank != 0:
             return
         # The other ranks may already wait in the next step's collective.

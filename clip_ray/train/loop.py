@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,60 +25,39 @@ from clip_ray.data.plan import sample_hash
 from clip_ray.errors import TrainingError
 from clip_ray.model.vision import mix
 from clip_ray.optim import clamp_logit_scale, learning_rate
+from clip_ray.train.hooks import PHASES, WORDS, Hooks, Outcome, Reason, Word
 from clip_ray.train.state import Progress, gathered_digests
 
-PHASES = ("data_wait", "copy", "forward", "loss", "backward", "optimizer", "checkpoint")
-_COUNTS = 4  # riders before the pieces of the digest
 _DIGEST_PIECES = 6
 _PIECE_BITS = 11  # six 11-bit pieces hold 64 bits; their sums over 8,000 workers fit 24 bits
+_GOOD = ("finished", "stopped", "yielded")  # ends that are committed
 MIN_SEEN = 1000  # samples before the share of bad ones is judged
-
-
-class Hooks(Protocol):
-    """What the loop asks of its surroundings; called on the training thread of every rank."""
-
-    def record(self, row: dict[str, Any]) -> None:
-        """Take a step's journal row; rank 0 only. Must not block."""
-
-    def quarantine(self, rows: list[dict[str, Any]]) -> None:
-        """Take this rank's undecodable samples of a step. Must not block."""
-
-    def wants_stop(self) -> bool:
-        """Tell whether this rank has been asked to stop. Must not block."""
-
-    def commit(self, progress: Progress) -> None:
-        """Take a snapshot for a commit; may write it in the background."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Why the loop ended, and where.
-
-    Attributes:
-        reason: "finished", "stopped" (asked to), "bad-data" (over the limit) or "nonfinite".
-        progress: the counters at the end.
-        detail: for "nonfinite", what was not finite.
-    """
-
-    reason: Literal["finished", "stopped", "bad-data", "nonfinite"]
-    progress: Progress
-    detail: str = ""
 
 
 @dataclass
 class Clock:
-    """Splits a step's time into phases; on CUDA by events, which do not hold up the device."""
+    """Splits a step's time into phases; on CUDA by events, which do not hold up the device.
+
+    Attributes:
+        device: where the model is.
+        enters: told the phase that begins.
+    """
 
     device: torch.device
+    enters: Callable[[str], None] = lambda phase: None
     _marks: list[tuple[str, Any]] = field(default_factory=list)
 
     def start(self) -> None:
         """Begin a step."""
         self._marks = [("", self._now())]
+        self.enters(PHASES[0])
 
     def mark(self, phase: str) -> None:
         """End a phase: the time since the last mark is its."""
         self._marks.append((phase, self._now()))
+        following = PHASES.index(phase) + 1
+        if following < len(PHASES):
+            self.enters(PHASES[following])
 
     def _now(self) -> Any:
         if self.device.type == "cuda":
@@ -132,7 +111,7 @@ def train(
         TrainingError: `batches` ended early; or the ranks' weights differ at a commit.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
-    clock = Clock(device)
+    clock = Clock(device, lambda phase: hooks.entered(progress.step, phase))
     nonfinite_in_a_row, due = 0, False
     stepper = _Stepper(model, optimizer, config, total_steps, device, clock)
     while progress.step < total_steps:
@@ -142,7 +121,7 @@ def train(
         if batch is None:
             raise TrainingError(f"the data ended before step {progress.step} of {total_steps}")
         clock.mark("data_wait")
-        result = stepper.step(batch, progress.step, hooks.wants_stop())
+        result = stepper.step(batch, progress.step, hooks.asked())
         if batch.bad:
             hooks.quarantine([{"step": progress.step, "attempt": attempt, **b} for b in batch.bad])
         progress = progress.after(
@@ -156,11 +135,11 @@ def train(
         reason = _reason_to_end(
             progress, result, nonfinite_in_a_row, config, total_steps, samples_per_pass
         )
-        due = due or progress.step % config.checkpoint.every_steps == 0
-        if reason in ("finished", "stopped") and not result.finite and not _is_finite(model):
+        due = due or progress.step % config.checkpoint.every_steps == 0 or "commit" in result.asked
+        if reason in _GOOD and not result.finite and not _is_finite(model):
             reason = "nonfinite"  # the weights themselves are broken: the last commit is better
         # Amid steps that are not finite the weights may be what is wrong: a commit waits.
-        if reason in ("finished", "stopped") or (reason is None and due and result.finite):
+        if reason in _GOOD or (reason is None and due and result.finite):
             _refuse_divergence(model, progress.step)
             hooks.commit(progress)
             clock.mark("checkpoint")
@@ -210,7 +189,7 @@ class _Result:
     logit_scale: float
     learning_rate: float
     finite: bool
-    stop: bool
+    asked: frozenset[Word]
     bad: int
     truncated: int
     void: int
@@ -244,12 +223,12 @@ class _Stepper:
         self._broken = torch.zeros((), dtype=torch.bool)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
 
-    def step(self, batch: Batch, number: int, wants_stop: bool) -> _Result:
+    def step(self, batch: Batch, number: int, asked: Set[Word]) -> _Result:
         rate = learning_rate(number, self._total_steps, self._config.optim)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         micro_batches, valid, identities = self._on_device(batch, number)
-        riders = _riders(batch, wants_stop).to(self._device)
+        riders = _riders(batch, asked).to(self._device)
         self._clock.mark("copy")
         self._optimizer.zero_grad(set_to_none=True)
         bf16 = self._config.train.precision == "bf16"
@@ -277,19 +256,19 @@ class _Stepper:
             self._optimizer.step()
             clamp_logit_scale(self._bare.logit_scale)
         self._clock.mark("optimizer")
-        sums = [int(x) for x in riders.tolist()]
+        words, sums = riders[: len(WORDS)].tolist(), riders[len(WORDS) :].long().tolist()
         return _Result(
             loss=value,
             grad_norm=norm_value,
             logit_scale=self._bare.logit_scale.exp().item(),
             learning_rate=rate,
             finite=finite,
-            stop=sums[0] > 0,
-            bad=sums[1],
-            truncated=sums[2],
-            void=sums[3],
+            asked=frozenset(word for word, ranks in zip(WORDS, words, strict=True) if ranks),
+            bad=sums[0],
+            truncated=sums[1],
+            void=sums[2],
             broken_ranks=() if finite else self._broken_ranks(),
-            samples_digest=_join(sums[_COUNTS:]),
+            samples_digest=_join(sums[3:]),
         )
 
     def _loss(
@@ -363,7 +342,7 @@ def _identities(batch: Batch) -> Tensor:
     return torch.stack([torch.from_numpy(batch.image_id), captions_B], dim=1)
 
 
-def _riders(batch: Batch, wants_stop: bool) -> Tensor:
+def _riders(batch: Batch, asked: Set[Word]) -> Tensor:
     """Pack what all ranks must know of each other's batch: it rides on the loss's all-reduce."""
     present = batch.shard >= 0
     with np.errstate(over="ignore"):
@@ -372,8 +351,9 @@ def _riders(batch: Batch, wants_stop: bool) -> Tensor:
     pieces = [
         (digest >> (_PIECE_BITS * i)) & ((1 << _PIECE_BITS) - 1) for i in range(_DIGEST_PIECES)
     ]
-    counts = [int(wants_stop), len(batch.bad), batch.truncated, int((~batch.valid).sum())]
-    return torch.tensor([*counts, *pieces], dtype=torch.float32)
+    words = [int(word in asked) for word in WORDS]
+    counts = [len(batch.bad), batch.truncated, int((~batch.valid).sum())]
+    return torch.tensor([*words, *counts, *pieces], dtype=torch.float32)
 
 
 def _join(pieces: list[int]) -> int:
@@ -387,7 +367,7 @@ def _reason_to_end(
     config: Config,
     total_steps: int,
     samples_per_pass: int,
-) -> Literal["finished", "stopped", "bad-data", "nonfinite"] | None:
+) -> Reason | None:
     seen = progress.step * config.train.global_batch
     enough = seen >= min(MIN_SEEN, samples_per_pass)
     if enough and progress.bad > config.data.max_bad_fraction * seen:
@@ -396,7 +376,9 @@ def _reason_to_end(
         return "nonfinite"
     if progress.step == total_steps:
         return "finished"
-    return "stopped" if result.stop else None
+    if "stop" in result.asked:
+        return "stopped"
+    return "yielded" if "yield" in result.asked else None
 
 
 def _number(value: float) -> float | None:

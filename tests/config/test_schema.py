@@ -8,6 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from clip_ray.config import Config
+from clip_ray.config.load import load_config
+from clip_ray.errors import ConfigError
 
 
 def config(**sections: Any) -> Config:
@@ -118,3 +120,20 @@ def test_every_field_says_what_it_is() -> None:
         return found
 
     assert undescribed(Config) == []
+
+
+def flags(workers: str) -> Config:
+    argv = ["--train.steps", "1", "--cluster.num_workers", workers]
+    return load_config(argv, default_recipe=None, program="test")
+
+
+@pytest.mark.parametrize(("value", "counts"), [("3", [3]), ("[2, 4]", [2, 3, 4]), ("[2, 2]", [2])])
+def test_a_number_of_workers_may_be_a_range(value: str, counts: list[int]) -> None:
+    config = flags(value)
+    assert list(config.cluster.worker_counts) == counts
+
+
+@pytest.mark.parametrize("value", ["0", "[3, 2]", "[0, 2]", "9000", "2,4", "[1, 2, 3]"])
+def test_what_is_no_number_of_workers_is_refused(value: str) -> None:
+    with pytest.raises(ConfigError, match="cluster"):
+        flags(value)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,6 +79,70 @@ def wait_for(condition: Callable[[], object], timeout_s: float, what: str) -> No
         if time.monotonic() > deadline:
             pytest.fail(f"not within {timeout_s:g} s: {what}")
         time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def ray_head(folder: Path, cpus: int) -> Iterator[Head]:
+    """Run a Ray head with its dashboard; its log goes to the folder."""
+    port, dashboard, client, agent, agent_grpc = free_ports(5)
+    # Not below pytest's directory: a socket's path ends at 107 characters.
+    with tempfile.TemporaryDirectory(prefix="cr-", ignore_cleanup_errors=True) as temp:
+        env = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_TMPDIR": temp,
+            "PYTHONUNBUFFERED": "1",
+            # Idle workers kept ready cost CPU time for each job and are not needed.
+            "RAY_prestart_worker_first_driver": "0",
+            "RAY_enable_worker_prestart": "0",
+        }
+        options = [
+            *("--head", f"--port={port}", f"--dashboard-port={dashboard}"),
+            *("--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--temp-dir={temp}"),
+            *(f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"),
+            f"--dashboard-agent-grpc-port={agent_grpc}",
+        ]
+        with _ray_start(folder / "head.log", env, cpus, options):
+            url = f"http://127.0.0.1:{dashboard}"
+            wait_for(lambda: answers(f"{url}/api/version"), START_S, f"see {folder}/head.log")
+            address = f"127.0.0.1:{port}"
+            yield Head(address, url, {**env, "RAY_ADDRESS": address})
+
+
+@contextlib.contextmanager
+def ray_node(head: Head, folder: Path, cpus: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Run another node of the head's cluster; its process group is all of it."""
+    agent, agent_grpc = free_ports(2)
+    options = [f"--address={head.address}", f"--dashboard-agent-listen-port={agent}"]
+    options.append(f"--dashboard-agent-grpc-port={agent_grpc}")
+    log = folder / f"node-{agent}.log"
+    with _ray_start(log, head.env, cpus, options) as process:
+        wait_for(lambda: "Ray runtime started" in log.read_text(), START_S, f"see {log}")
+        yield process
+
+
+@contextlib.contextmanager
+def _ray_start(
+    log: Path, env: dict[str, str], cpus: int, options: list[str]
+) -> Iterator[subprocess.Popen[bytes]]:
+    command = [
+        *(str(Path(sys.executable).with_name("ray")), "start", "--block", *options),
+        *("--node-ip-address=127.0.0.1", f"--num-cpus={cpus}", "--num-gpus=0"),
+        *("--object-store-memory=500000000", "--disable-usage-stats"),
+    ]
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            command, env=env, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @dataclass

@@ -42,6 +42,22 @@ def test_what_does_not_fit_is_refused_with_the_numbers(settings, words):
     assert words in problem and "lower cluster.num_workers" in problem
 
 
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "workers"),
+    [(9, 8, 4), (9, 3, 3), (9, 2, 2), (3.5, 8, 2), (2, 8, 2)],
+)
+def test_a_range_takes_as_many_workers_as_there_is_room_for(cpus, gpus, workers):
+    found, _ = share(cpus, gpus, wants_gpu=True, num_workers=(2, 4))
+    assert found.num_workers == workers
+    # Less than a CPU each is for the least number alone.
+    assert found.worker_cpus == (1 if cpus > 3 else 0.5)
+
+
+def test_less_than_the_least_of_a_range_is_refused():
+    found, problem = share(9, 1, wants_gpu=True, num_workers=(2, 4))
+    assert found is None and "asked: 2 workers" in problem
+
+
 def test_a_local_ray_is_told_what_it_needs():
     found = local_share(ClusterConfig(num_workers=3), wants_gpu=False)
     assert found.worker_cpus == 1 and found.data_cpus >= 1 and found.threads >= 1

@@ -26,25 +26,25 @@ def journal(tmp_path: Path) -> list[int]:
 
 
 def test_rows_that_are_sent_again_are_taken_once(recorder, tmp_path):
-    assert recorder.append("a", 0, rows(1, 2)) == (False, 2)
-    assert recorder.append("a", 0, rows(1, 2, 3)) == (False, 3)
-    assert recorder.append("b", 0, rows(4)) == (False, 1)
+    assert recorder.append("a", 0, rows(1, 2)) == (set(), 2)
+    assert recorder.append("a", 0, rows(1, 2, 3)) == (set(), 3)
+    assert recorder.append("b", 0, rows(4)) == (set(), 1)
     assert journal(tmp_path) == [1, 2, 3, 4]
 
 
 def test_a_restarted_recorder_goes_on_where_the_sender_is(recorder, tmp_path):
     recorder.append("a", 0, rows(1, 2))
     again = Recorder(str(tmp_path / "run"), S3Options())
-    assert again.append("a", 2, rows(3)) == (False, 3)
+    assert again.append("a", 2, rows(3)) == (set(), 3)
     assert journal(tmp_path) == [1, 2, 3]
 
 
 def test_on_s3_a_row_is_durable_when_it_is_flushed(s3):
     recorder = Recorder("s3://bucket/recorder", s3)
     run = open_store("s3://bucket/recorder", s3)
-    assert recorder.append("a", 0, rows(1)) == (False, 0)
+    assert recorder.append("a", 0, rows(1)) == (set(), 0)
     assert list(read_journal(run, "metrics")) == []  # a kill here would lose it: kept by the sender
-    assert recorder.append("a", 1, rows(2), durable=True) == (False, 2)
+    assert recorder.append("a", 1, rows(2), durable=True) == (set(), 2)
     assert [row["step"] for row in read_journal(run, "metrics")] == [1, 2]
     recorder.close()
     assert run.exists("metrics.jsonl")
@@ -64,9 +64,12 @@ def test_the_log_tells_a_restart_from_silence(recorder, tmp_path):
     assert [row["step"] for _, row in told] == [4]
 
 
-def test_a_wish_to_stop_comes_with_the_answer(recorder):
-    recorder.request_stop()
-    assert recorder.append("a", 0, [])[0] is True
+def test_what_is_asked_comes_with_the_answer(recorder):
+    recorder.ask("stop")
+    recorder.ask("yield")
+    assert recorder.append("a", 0, [])[0] == {"stop", "yield"}
+    recorder.forget("yield")
+    assert recorder.append("b", 0, [])[0] == {"stop"}
 
 
 def test_the_mailbox_forgets_what_is_replaced(recorder):

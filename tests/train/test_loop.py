@@ -29,7 +29,8 @@ from clip_ray.optim import build_optimizer, learning_rate
 from clip_ray.storage import LocalStore
 from clip_ray.train import loop
 from clip_ray.train.checkpoint import Checkpoints, Commit, Fill
-from clip_ray.train.loop import Outcome, train
+from clip_ray.train.hooks import PHASES, Outcome, Word
+from clip_ray.train.loop import train
 from clip_ray.train.rundir import Run, prepare
 from clip_ray.train.state import Progress, broadcast, build_state, restore, snapshot
 from tests.data.shard_files import write_tar
@@ -96,9 +97,11 @@ def with_train(run: Run, **changes: Any) -> Run:
 class Attempt:
     """What one rank's loop did; its own hooks."""
 
-    stop_at: int | None = None
+    ask_at: int | None = None
+    word: Word = "stop"
     watch: bool = False
-    asked: int = 0
+    steps: int = 0
+    phases: list[tuple[int, str]] = field(default_factory=list)
     before: list[dict[str, bytes]] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
     bad: list[dict[str, Any]] = field(default_factory=list)
@@ -113,11 +116,14 @@ class Attempt:
     def quarantine(self, rows: list[dict[str, Any]]) -> None:
         self.bad += rows
 
-    def wants_stop(self) -> bool:
+    def asked(self) -> set[Word]:
         if self.watch:
             self.before.append(self.state())
-        self.asked += 1
-        return self.asked - 1 == self.stop_at
+        self.steps += 1
+        return {self.word} if self.steps - 1 == self.ask_at else set()
+
+    def entered(self, step: int, phase: str) -> None:
+        self.phases.append((step, phase))
 
     def commit(self, progress: Progress) -> None:
         self.commits.append((progress, self.state()))
@@ -136,8 +142,9 @@ class Faults:
     """What is done to an attempt.
 
     Attributes:
-        stop_at: the step at which one rank is asked to stop.
-        stop_rank: that rank.
+        ask_at: the step at which one rank is asked for `word`.
+        word: what it is asked for.
+        ask_rank: that rank.
         poison: steps whose pixels are NaN on the last rank.
         poison_gradient: steps whose gradient is infinite, the loss being finite.
         batches: number of batches after which the data end.
@@ -147,8 +154,9 @@ class Faults:
         watch: the state before each step is kept.
     """
 
-    stop_at: int | None = None
-    stop_rank: int = 0
+    ask_at: int | None = None
+    word: Word = "stop"
+    ask_rank: int = 0
     poison: frozenset[int] = frozenset()
     poison_gradient: frozenset[int] = frozenset()
     batches: int | None = None
@@ -226,7 +234,7 @@ def attempt(
         model = DistributedDataParallel(
             bare, forward_sync_buffers=False, gradient_as_bucket_view=True
         )
-    mine = Attempt(faults.stop_at if rank == faults.stop_rank else None, faults.watch)
+    mine = Attempt(faults.ask_at if rank == faults.ask_rank else None, faults.word, faults.watch)
 
     def state() -> dict[str, bytes]:
         place = folder / f"snapshot-{rank}"
@@ -435,7 +443,7 @@ def test_more_ranks_than_rows(tmp_path: Path) -> None:
 def test_a_resumed_run_goes_on_bit_for_bit(made: Made, tmp_path: Path, world_size: int) -> None:
     """Stopped after 7 steps, through the files of a commit, and on with new processes."""
     straight = on_ranks(made.run, made.folder, world_size)
-    first = on_ranks(made.run, made.folder, world_size, faults=Faults(stop_at=6))
+    first = on_ranks(made.run, made.folder, world_size, faults=Faults(ask_at=6))
     assert [rank.outcome.reason for rank in first] == ["stopped"] * world_size
     ((progress, state),) = first[0].commits
     assert progress.step == 7
@@ -463,7 +471,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(made: Made, tmp_path: Path, world_siz
 
 def test_without_the_moments_a_resumed_run_goes_elsewhere(made: Made) -> None:
     """The control: the comparison above notices what a checkpoint leaves out."""
-    (first,) = on_ranks(made.run, made.folder, 1, faults=Faults(stop_at=6))
+    (first,) = on_ranks(made.run, made.folder, 1, faults=Faults(ask_at=6))
     ((progress, state),) = first.commits
     files = state | {
         "state.json": progress.to_bytes(),
@@ -475,7 +483,7 @@ def test_without_the_moments_a_resumed_run_goes_elsewhere(made: Made) -> None:
 
 
 def test_a_run_may_change_its_number_of_ranks(made: Made) -> None:
-    first = on_ranks(made.run, made.folder, 2, faults=Faults(stop_at=9))
+    first = on_ranks(made.run, made.folder, 2, faults=Faults(ask_at=9))
     ((progress, state),) = first[0].commits
     files = state | {"state.json": progress.to_bytes()}
     rest = on_ranks(made.run, made.folder, 3, files=files)
@@ -497,15 +505,34 @@ def test_commits_are_periodic_and_at_the_end(made: Made, every: int, steps: list
 # Ends
 
 
-@pytest.mark.parametrize("stop_rank", [0, 2])
-def test_one_rank_that_is_asked_to_stop_stops_all(made: Made, stop_rank: int) -> None:
-    faults = Faults(stop_at=4, stop_rank=stop_rank)
+@pytest.mark.parametrize("ask_rank", [0, 2])
+@pytest.mark.parametrize(("word", "reason"), [("stop", "stopped"), ("yield", "yielded")])
+def test_what_one_rank_is_asked_ends_all(
+    made: Made, word: Word, reason: str, ask_rank: int
+) -> None:
+    faults = Faults(ask_at=4, word=word, ask_rank=ask_rank)
     ranks = on_ranks(made.run, made.folder, 3, faults=faults)
     for rank in ranks:
         assert rank.outcome is not None
-        assert (rank.outcome.reason, rank.outcome.progress.step) == ("stopped", 5)
+        assert (rank.outcome.reason, rank.outcome.progress.step) == (reason, 5)
         assert [progress for progress, _ in rank.commits] == [rank.outcome.progress]
     assert len(ranks[0].rows) == 5
+
+
+def test_one_rank_that_is_asked_for_a_commit_makes_one(made: Made) -> None:
+    asked, usual = (
+        on_ranks(made.run, made.folder, 2, faults=Faults(ask_at=at, word="commit", ask_rank=1))
+        for at in (4, None)
+    )
+    for rank, other in zip(asked, usual, strict=True):
+        assert rank.outcome is not None and rank.outcome.reason == "finished"
+        steps, expected = ([p.step for p, _ in r.commits] for r in (rank, other))
+        assert 5 not in expected and steps == sorted([*expected, 5])
+
+
+def test_the_loop_says_which_phase_it_is_in(made: Made) -> None:
+    found = attempt(made.run, made.folder)
+    assert found.phases == [(step, phase) for step in range(20) for phase in PHASES]
 
 
 def test_data_that_end_early_are_an_error(made: Made) -> None:

@@ -105,7 +105,7 @@ def test_a_run_with_a_locked_tower_resumes_bit_for_bit(tmp_path: Path) -> None:
     """Its commits hold no moments of the weights that do not move."""
     run = option_run(tmp_path, "locked image tower")
     whole = attempt(run, tmp_path)
-    first = attempt(run, tmp_path, faults=Faults(stop_at=4))
+    first = attempt(run, tmp_path, faults=Faults(ask_at=4))
     progress, files = first.commits[-1]
     rest = attempt(run, tmp_path, files={**files, "state.json": progress.to_bytes()})
     assert first.losses + rest.losses == whole.losses

@@ -1,0 +1,241 @@
+"""Signs of life: each worker tells the recorder where it is, the driver finds who hangs.
+
+A worker's thread sends a pulse every second, whatever the training thread does. A process that was
+stopped sends none; one that waits for ever sends pulses that no longer move.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import statistics
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from clip_ray.train.hooks import PHASES
+from clip_ray.train.journal import Row
+
+BEAT_S = 1.0
+RANKS_A_SECOND = 200  # pulses that the recorder takes without a pause
+HANG_S = 8.0  # with the time to notice it, below 10
+HANG_STEPS = 4.5  # times the median step
+FIRST_STEPS = 3  # steps whose time says nothing yet
+FIRST_S = 600.0  # the bound for these
+SILENT_S = 60.0  # a rank that starts is heard too
+# Phases that may take long while the other ranks wait, within bounds of their own.
+_SLOW = ("starting", "data_wait", "checkpoint", "profile", "ending")
+_ORDER = ("starting", *PHASES, "profile", "ending", "ended")
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """Where a rank is.
+
+    Attributes:
+        rank: the rank.
+        pid: its process.
+        node: id of its node, in hex.
+        host: address of its node.
+        step: steps that it has done.
+        phase: what it does now.
+        still_s: seconds since it last went from one phase to the next.
+        age_s: seconds since this was heard.
+        stack: its training thread's, where it was asked for.
+    """
+
+    rank: int
+    pid: int
+    node: str
+    host: str
+    step: int = 0
+    phase: str = "starting"
+    still_s: float = 0.0
+    age_s: float = 0.0
+    stack: str = ""
+
+    @property
+    def who(self) -> str:
+        """Name the rank, its process and its host."""
+        return f"rank {self.rank} (process {self.pid} on {self.host})"
+
+
+class Heart:
+    """Sends a rank's pulses from a thread; made on the training thread.
+
+    Args:
+        recorder: takes them.
+        group: the group of workers, unique.
+        rank: this rank.
+        world_size: number of ranks.
+    """
+
+    def __init__(self, recorder: Any, group: str, rank: int, world_size: int) -> None:
+        self._recorder, self._group, self._rank = recorder, group, rank
+        self._every_s = max(BEAT_S, world_size / RANKS_A_SECOND)
+        self._where = (0, "starting", time.monotonic())
+        self._training = threading.get_ident()
+        self._ended = threading.Event()
+        self._call: Any = None
+        context = ray.get_runtime_context()
+        self._node, self._host = context.get_node_id(), ray.util.get_node_ip_address()
+        threading.Thread(target=self._beat, name="heart", daemon=True).start()
+
+    def moved(self, step: int, phase: str) -> None:
+        """Note that the rank is somewhere else."""
+        self._where = (step, phase, time.monotonic())
+
+    def end(self) -> None:
+        """Say that this is the end, and send no more."""
+        self.moved(self._where[0], "ended")
+        self._ended.set()
+
+    def _beat(self) -> None:
+        last = False
+        while not last:
+            last = self._ended.is_set()
+            with contextlib.suppress(ray.exceptions.RayError):
+                self._send()
+            self._ended.wait(0 if last else self._every_s)
+
+    def _send(self) -> None:
+        step, phase, since = self._where
+        stack = ""
+        if self._call is not None:
+            ready, _ = ray.wait([self._call], timeout=0)
+            if ready and ray.get(self._call):
+                frame = sys._current_frames().get(self._training)
+                stack = "".join(traceback.format_stack(frame)) if frame else ""
+        pulse = Pulse(
+            self._rank,
+            os.getpid(),
+            self._node,
+            self._host,
+            step,
+            phase,
+            time.monotonic() - since,
+            stack=stack,
+        )
+        self._call = self._recorder.beat.remote(self._group, pulse)
+
+
+@dataclass(frozen=True)
+class Hang:
+    """A rank that does not go on, and why one thinks so."""
+
+    pulse: Pulse
+    why: str
+
+
+class Health:
+    """Finds the rank that holds the others up, from their pulses.
+
+    Args:
+        hang_s: seconds without a step after which a group hangs; none = by the median step.
+        slow_s: seconds that a checkpoint, a trace or a wait for data may take.
+    """
+
+    def __init__(self, hang_s: float | None, slow_s: float) -> None:
+        self._hang_s, self._slow_s = hang_s, slow_s
+        self._steps: deque[float] = deque(maxlen=50)
+        self._seen = 0
+        self._suspect: int | None = None
+
+    def took(self, rows: list[Row]) -> None:
+        """Note the times of steps, from their journal rows."""
+        for row in rows:
+            self._seen += 1
+            if self._seen > FIRST_STEPS:
+                self._steps.append(row["step_s"])
+
+    @property
+    def suspects(self) -> bool:
+        """Tell whether the last look found a rank that may hang."""
+        return self._suspect is not None
+
+    @property
+    def bound_s(self) -> float:
+        """Seconds without a step that are too many."""
+        if not self._steps:
+            return FIRST_S
+        if self._hang_s is not None:
+            return self._hang_s
+        return max(HANG_S, HANG_STEPS * statistics.median(self._steps))
+
+    def judge(self, pulses: list[Pulse]) -> Hang | None:
+        """Return the rank that hangs, once two looks in a row have found it."""
+        hang = self._silent(pulses) or self._stuck(pulses)
+        known, self._suspect = self._suspect, hang.pulse.rank if hang else None
+        return hang if hang and known == hang.pulse.rank else None
+
+    def slow(self, pulses: list[Pulse]) -> Pulse | None:
+        """Return the rank that all wait for, if it has been at it for longer than a hang takes."""
+        if not pulses:
+            return None
+        last = last_mover(pulses)
+        return last if last.phase in _SLOW and last.still_s > self.bound_s else None
+
+    def _silent(self, pulses: list[Pulse]) -> Hang | None:
+        bound = min(self.bound_s, SILENT_S)
+        for pulse in pulses:
+            if pulse.age_s > bound and pulse.phase != "ended":
+                return Hang(
+                    pulse,
+                    f"not heard of for {pulse.age_s:.0f} s, in {pulse.phase} of step "
+                    f"{pulse.step + 1}: its process was stopped, or its node does not answer",
+                )
+        return None
+
+    def _stuck(self, pulses: list[Pulse]) -> Hang | None:
+        if all(p.phase == "ended" for p in pulses):
+            return None
+        last = last_mover(pulses)
+        bound = self.bound_s
+        if last.phase in _SLOW:
+            bound = max(bound, self._slow_s)
+        if min(p.still_s + p.age_s for p in pulses) <= bound:
+            return None
+        others = sorted({p.phase for p in pulses if p is not last})
+        return Hang(
+            last,
+            f"in {last.phase} of step {last.step + 1} for {last.still_s:.0f} s"
+            + (f", while the others wait in {', '.join(others)}" if others else ""),
+        )
+
+
+def last_mover(pulses: list[Pulse]) -> Pulse:
+    """Return the rank that is furthest behind: what the others wait for."""
+    return min(pulses, key=lambda p: (p.step, _ORDER.index(p.phase), -p.still_s))
+
+
+def end_process(pulse: Pulse, timeout_s: float = 30.0) -> str:
+    """Kill a rank's process on its node; return what was found there."""
+    there = NodeAffinitySchedulingStrategy(pulse.node, soft=False)
+    try:
+        call = _kill.options(scheduling_strategy=there).remote(pulse.pid)
+        return str(ray.get(call, timeout=timeout_s))
+    except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
+        return f"not reached: {type(error).__name__}"
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _kill(pid: int) -> str:
+    process = Path(f"/proc/{pid}")
+    try:
+        if process.exists() and not process.joinpath("cmdline").read_bytes().startswith(b"ray::"):
+            return "another process has its number"
+        states = (process / "status").read_text().splitlines() if process.exists() else []
+        os.kill(pid, signal.SIGKILL)
+    except (ProcessLookupError, FileNotFoundError):
+        return "gone already"
+    state = next((line.split(":", 1)[1].strip() for line in states if "State" in line), "")
+    return f"killed (state {state})" if state else "killed"

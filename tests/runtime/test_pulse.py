@@ -1,0 +1,111 @@
+"""Who hangs, told from signs of life; no Ray is started."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from clip_ray.runtime.pulse import FIRST_S, Health, Pulse, _kill, last_mover
+
+
+def pulse(rank: int, step: int = 9, phase: str = "loss", still: float = 0, age: float = 0) -> Pulse:
+    return Pulse(rank, 100 + rank, "node", f"host-{rank}", step, phase, still, age)
+
+
+def health(step_s: float = 0.1, steps: int = 20, hang_s: float | None = None) -> Health:
+    made = Health(hang_s, slow_s=180)
+    made.took([{"step_s": step_s}] * steps)
+    return made
+
+
+def judged(health: Health, *pulses: Pulse):
+    """Look twice: once is not enough."""
+    assert health.judge(list(pulses)) is None
+    return health.judge(list(pulses))
+
+
+def test_all_is_well():
+    assert judged(health(), pulse(0, still=5), pulse(1, still=7, age=1)) is None
+
+
+def test_a_process_that_is_not_heard_of_hangs():
+    hang = judged(health(), pulse(0, still=9), pulse(1, age=9))
+    assert hang.pulse.rank == 1 and "not heard of for 9 s, in loss of step 10" in hang.why
+    assert hang.pulse.who == "rank 1 (process 101 on host-1)"
+
+
+@pytest.mark.parametrize(
+    ("behind", "words"),
+    [
+        ({"step": 8, "phase": "optimizer"}, "in optimizer of step 9 for 9 s"),
+        ({"phase": "forward"}, "in forward of step 10 for 9 s, while the others wait in loss"),
+    ],
+)
+def test_of_those_that_wait_the_one_furthest_behind_hangs(behind, words):
+    slow = replace(pulse(1, still=9), **behind)
+    hang = judged(health(), pulse(0, still=9), slow, pulse(2, still=9.5))
+    assert hang.pulse.rank == 1 and words in hang.why
+
+
+def test_as_long_as_one_moves_nobody_hangs():
+    found = judged(health(), pulse(0, still=100), pulse(1, step=8, phase="forward", still=1))
+    assert found is None
+
+
+def test_steps_that_take_long_may():
+    assert judged(health(step_s=10), pulse(0, still=44), pulse(1, still=44)) is None
+    assert judged(health(step_s=10), pulse(0, still=46), pulse(1, still=46)) is not None
+    assert judged(health(hang_s=20), pulse(0, still=19), pulse(1, still=19)) is None
+    assert judged(health(hang_s=20), pulse(0, still=21), pulse(1, still=21)) is not None
+
+
+@pytest.mark.parametrize("phase", ["data_wait", "checkpoint", "profile", "ending"])
+def test_what_may_take_long_is_named_and_has_a_bound_of_its_own(phase):
+    made = health()
+    held = [pulse(0, still=30), pulse(1, phase=phase, still=30, step=8)]
+    assert judged(made, *held) is None
+    assert made.slow(held) == held[1]
+    hang = judged(made, *(replace(p, still_s=181) for p in held))
+    assert hang.pulse.rank == 1
+
+
+def test_a_group_that_starts_has_its_own_bound():
+    made = health(steps=3)
+    starting = [pulse(0, step=0, phase="starting", still=FIRST_S - 1)] * 2
+    assert judged(made, *starting) is None
+    assert judged(made, *(replace(p, still_s=FIRST_S + 1) for p in starting)) is not None
+    # A process that is stopped while it starts is found all the same.
+    silent = [starting[0], replace(starting[0], rank=1, still_s=1, age_s=61)]
+    assert judged(health(steps=0), *silent).pulse.rank == 1
+
+
+def test_ranks_that_have_ended_do_not_hang():
+    ended = pulse(1, phase="ended", still=500, age=500)
+    assert judged(health(), ended, pulse(0, phase="ending", still=100)) is None
+    assert judged(health(), ended, replace(ended, rank=0)) is None
+    assert last_mover([ended, pulse(0, phase="ending")]).rank == 0
+
+
+def test_a_suspicion_that_passes_is_forgotten():
+    made, hung, fine = health(), [pulse(0, still=9)], [pulse(0)]
+    assert [made.judge(p) for p in (hung, fine, hung)] == [None] * 3
+    assert not health().suspects and made.suspects
+
+
+def test_only_a_worker_of_ray_is_killed():
+    kill = _kill._function
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        assert kill(other.pid) == "another process has its number"
+        assert other.poll() is None
+        other.kill()
+    assert kill(other.pid) == "gone already"
+    script = "import os, sys; os.execv(sys.executable, ['ray::Worker', '-c', 'input()'])"
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE) as mine:
+        while not open(f"/proc/{mine.pid}/cmdline", "rb").read().startswith(b"ray::"):
+            os.sched_yield()
+        assert kill(mine.pid).startswith("killed (state ")
+        assert mine.wait(10) == -9
