@@ -137,7 +137,7 @@ def measure(data: bytes) -> tuple[int, int]:
 
 
 def train_crop(pixels: Pixels, size: int, rng: np.random.Generator, margin: float = 0.0) -> Pixels:
-    """Return a random square of an image, (3, size, size) uint8.
+    """Return a random square of an image, (3, size, size) uint8 over channels-last memory.
 
     "A random square crop from resized images is the only data augmentation" (Radford et al.
     2021, section 2.3): the shorter side is resized to (1 + margin) times `size`, then a square is
@@ -202,12 +202,21 @@ def preprocessing(size: int, exif_orientation: bool = False) -> dict[str, Any]:
 
 
 def _resize(pixels: Pixels, height: int, width: int) -> Pixels:
-    """Resize (H, W, 3) to (3, height, width), antialiased bicubic on uint8."""
-    # The HWC buffer seen as NCHW is torch's channels_last: its fast uint8 path.
-    image_1CHW = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
+    """Resize (H, W, 3) to a view (3, height, width) of channels-last memory.
+
+    Antialiased bicubic on uint8.
+    """
+    # The HWC buffer seen as NCHW is torch's channels_last: its fast uint8 path. torch tells it by
+    # all four strides, that of the batch of one too; else it takes the result apart into planes,
+    # which costs a fifth of the resize.
+    source = torch.from_numpy(pixels)
+    rows, columns, channels = source.stride()
+    image_1CHW = source.as_strided(
+        (1, 3, *source.shape[:2]), (len(source) * rows, channels, rows, columns)
+    )
     if image_1CHW.shape[2:] != (height, width):
         image_1CHW = F.interpolate(image_1CHW, (height, width), mode="bicubic", antialias=True)
-    return image_1CHW[0].contiguous().numpy()
+    return image_1CHW[0].numpy()
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:

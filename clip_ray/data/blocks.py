@@ -15,7 +15,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -86,7 +86,7 @@ class Batch:
     """A worker's rows of one step.
 
     Attributes:
-        pixels: (b, 3, S, S) uint8.
+        pixels: (b, 3, S, S) uint8, channels last in memory.
         ids: (b, L) int32 token ids.
         valid: (b,) bool; false for undecodable samples and padding.
         shard: (b,) int64, -1 for padding.
@@ -160,7 +160,7 @@ class BlockReader:
     def _empty(self, rows: int) -> Block:
         side, length = self.image_size, self.tokenizer.context_length
         block: Block = {
-            "pixels": np.zeros((rows, 3, side, side), np.uint8),
+            "pixels": np.zeros((rows, side, side, 3), np.uint8),  # as the decoder leaves them
             "ids": np.zeros((rows, length), np.int32),
             "valid": np.zeros(rows, bool),
             "truncated": np.zeros(rows, bool),
@@ -175,6 +175,9 @@ class BlockReader:
     def _fill(self, block: Block, target: Ints, shard: Ints, place: Ints, position: Ints) -> None:
         captions: list[str] = []
         captioned: list[int] = []
+        # One for all rows, set to what a new one begins with: to make one asks for entropy.
+        bits = np.random.Philox(key=[self.plan.seed, 0])
+        rng, fresh = np.random.Generator(bits), cast(dict[str, Any], bits.state)
         for index in np.unique(shard):
             mine = np.flatnonzero(shard == index)
             mine = mine[np.argsort(place[mine], kind="stable")]
@@ -198,11 +201,11 @@ class BlockReader:
                     continue
                 assert isinstance(sample, Sample)
                 # By position: the same crop and caption whoever reads the block, and how often.
-                rng = np.random.Generator(
-                    np.random.Philox(key=[self.plan.seed, int(position[row])])
-                )
+                fresh["state"]["key"][1] = position[row]
+                bits.state = fresh
                 margin = self.config.crop_margin
-                block["pixels"][at] = train_crop(pixels, self.image_size, rng, margin)
+                crop = train_crop(pixels, self.image_size, rng, margin)
+                block["pixels"][at] = crop.transpose(1, 2, 0)
                 block["valid"][at] = True
                 if self.image_ids:
                     block["image_id"][at] = _hash(sample.image)
@@ -276,7 +279,7 @@ def assemble(blocks: Iterable[Block], layout: Layout, arrays: Arrays) -> Iterato
     while steps:
         step = steps.pop(0)
         yield Batch(
-            pixels=torch.from_numpy(step["pixels"]),
+            pixels=torch.from_numpy(step["pixels"]).movedim(-1, 1),
             ids=torch.from_numpy(step["ids"]),
             valid=torch.from_numpy(step["valid"]),
             shard=step["shard"],

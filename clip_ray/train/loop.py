@@ -324,7 +324,8 @@ class _Stepper:
 
     def _moved(self, tensor: Tensor) -> Tensor:
         cuda = self._device.type == "cuda"
-        return (tensor.pin_memory() if cuda else tensor).to(self._device, non_blocking=cuda)
+        moved = (tensor.pin_memory() if cuda else tensor).to(self._device, non_blocking=cuda)
+        return moved.contiguous()  # pixels travel channels last: cheap to turn here
 
 
 def _padded(tensor: Tensor, size: int) -> Tensor:
