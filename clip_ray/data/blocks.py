@@ -177,7 +177,7 @@ class BlockReader:
         captioned: list[int] = []
         # One for all rows, set to what a new one begins with: to make one asks for entropy.
         bits = np.random.Philox(key=[self.plan.seed, 0])
-        rng, fresh = np.random.Generator(bits), cast(dict[str, Any], bits.state)
+        rng, fresh = np.random.Generator(bits), cast(Any, bits.state)
         for index in np.unique(shard):
             mine = np.flatnonzero(shard == index)
             mine = mine[np.argsort(place[mine], kind="stable")]

@@ -22,6 +22,7 @@ from tests.benchmarks.data.cases import CONSUMERS, GLOBAL_BATCH, IMAGE_SIZE, WIN
 from tests.benchmarks.data.field import loader
 
 POLL_S = 2.0  # scanning all processes costs CPU time itself
+IDLE_S = 10.0
 SETTLE_S = 0.5  # for processes that end a stream after its last batch
 
 
@@ -113,6 +114,10 @@ class Pipeline:
     Args:
         folder: for the recorder's journals.
         share: what it may use.
+
+    Attributes:
+        private_bytes: the peak of `private_bytes()` while streams ran.
+        wall_s: seconds that each run took.
     """
 
     def __init__(self, folder: Path, share: Share) -> None:
@@ -122,12 +127,19 @@ class Pipeline:
         self._share, self._streams = share, 0
         self._clock = TreeClock()
         self.private_bytes = 0
+        self.wall_s: list[float] = []
+
+    def idle(self) -> float:
+        """Return the CPU seconds that all processes take in a second without a stream."""
+        begun, time_begun = self._clock.seconds(), time.monotonic()
+        time.sleep(IDLE_S)
+        return (self._clock.seconds() - begun) / (time.monotonic() - time_begun)
 
     def run(self, reader: BlockReader, steps: range) -> float:
         """Stream the batches to the consumers, and return the CPU seconds of all processes."""
         reference = [ray.put(reader)]
         self._streams += 1
-        begun = self._clock.seconds()
+        begun, time_begun = self._clock.seconds(), time.monotonic()
         taken = [
             consumer.take.remote(
                 self._recorder,
@@ -147,6 +159,7 @@ class Pipeline:
             self._clock.seconds()
             self.private_bytes = max(self.private_bytes, private_bytes())
         assert sum(ray.get(taken)) == len(steps) * GLOBAL_BATCH
+        self.wall_s.append(time.monotonic() - time_begun)
         time.sleep(SETTLE_S)
         return self._clock.seconds() - begun
 
