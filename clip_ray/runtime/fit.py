@@ -65,12 +65,12 @@ def fit_run(
     """
     line = ProgressLine(run, start_step, sys.stderr)
     watch = _Watch(run, recorder, tracker, line)
-    driver, fruitless = uuid.uuid4().hex, 0
+    fruitless = 0
     stop.deferred = True
     try:
         while True:
             commit = _newest_commit(run)
-            ended = _Group(run, share, recorder, driver, watch, stop).follow()
+            ended = _Group(run, share, recorder, watch, stop).follow()
             if isinstance(ended, Result):
                 if ended.outcome is None or ended.outcome.reason != "yielded":
                     return ended
@@ -78,9 +78,8 @@ def fit_run(
                 fruitless += 1
                 if fruitless >= run.config.cluster.max_fruitless_attempts:
                     raise TrainingError(
-                        f"{fruitless} groups of workers in a row ended without a new commit; the "
-                        f"last: {type(ended).__name__}: {ended} (all in "
-                        f"{run.store.uri}/events.jsonl)"
+                        f"{fruitless} attempts in a row ended without a new commit; the last: "
+                        f"{_cause(run, ended)} (all in {run.store.uri}/events.jsonl)"
                     ) from ended
             else:
                 fruitless = 0
@@ -95,6 +94,14 @@ def fit_run(
 
 class _StoppedError(Exception):
     """A signal came while there was no group of workers."""
+
+
+def _cause(run: Run, ended: BaseException) -> str:
+    """Say why a group ended: what its workers raised, else what Ray Train says."""
+    failed = [e for e in read_journal(run.store, "events") if e["event"] == "attempt_failed"]
+    causes = failed[-1]["causes"] if failed else {}
+    said = "; ".join(f"rank {rank}: {cause}" for rank, cause in causes.items())
+    return said or f"{type(ended).__name__}: {str(ended).strip().splitlines()[-1]}"
 
 
 def _newest_commit(run: Run) -> str:
@@ -125,9 +132,7 @@ def _next_share(run: Run, share: Share, line: ProgressLine, stop: Signals) -> Sh
 class _Group:
     """One group of workers: Ray Train's `fit()` on a thread, and all that is watched meanwhile."""
 
-    def __init__(
-        self, run: Run, share: Share, recorder: Any, driver: str, watch: _Watch, stop: Signals
-    ) -> None:
+    def __init__(self, run: Run, share: Share, recorder: Any, watch: _Watch, stop: Signals) -> None:
         self._run, self._share, self._recorder = run, share, recorder
         self._watch, self._stop = watch, stop
         config = run.config
@@ -143,7 +148,6 @@ class _Group:
             recorder=recorder,
             share=share,
             tokenizer=run.tokenizer.to_bytes(),
-            driver=driver,
             group=self._name,
         )
         self._health = Health(config.cluster.hang_timeout_s, config.cluster.collective_timeout_s)
@@ -307,6 +311,8 @@ class _Watch:
         if kind == "commit":
             self._line.committed(row["step"])
             self._tracker.log_checkpoint(row["step"], row["uri"], row["digest"])
+        elif kind == "commit_failed":
+            self.note(f"NO COMMIT of step {row['step']}: {row['why']}; the next one is tried")
         elif kind == "attempt_failed":
             causes = "; ".join(f"rank {r}: {c}" for r, c in row["causes"].items())
             self._line.note(f"the workers stopped ({causes or 'process died'}); starting again")

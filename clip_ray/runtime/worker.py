@@ -7,7 +7,7 @@ else is raised here and makes Ray Train start the group again.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import threading
 import time
@@ -31,17 +31,19 @@ from clip_ray.runtime.cluster import Share
 from clip_ray.runtime.data import BatchStream
 from clip_ray.runtime.pulse import Heart
 from clip_ray.runtime.recorder import Reporter
-from clip_ray.storage import Store, open_store
+from clip_ray.storage import open_store
 from clip_ray.tokenizer import Tokenizer
 from clip_ray.train.checkpoint import Checkpoints, Commit
 from clip_ray.train.hooks import Outcome, Word
 from clip_ray.train.initial import initial_weights
-from clip_ray.train.journal import Row, last_row, read_journal
+from clip_ray.train.journal import Row, last_row
 from clip_ray.train.loop import train
 from clip_ray.train.state import Progress, broadcast, build_state, restore, snapshot
 
 JOURNAL_TIMEOUT_S = 60.0
 COMMIT_TIMEOUT_S = 900.0
+FAILED_COMMITS = 3  # in a row, after which the attempt ends: the storage will not be back
+FINAL_PAUSE_S = 10.0  # before the last commit is tried again
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,7 @@ class Job:
         recorder: the recorder actor.
         share: CPUs and GPUs.
         tokenizer: serialised, saved with each commit.
-        driver: unique to the job that started the attempt; enters its record.
-        group: unique to the group of workers.
+        group: unique to the group of workers; enters its attempts' records.
     """
 
     config: Config
@@ -73,7 +74,6 @@ class Job:
     recorder: Any
     share: Share
     tokenizer: bytes
-    driver: str
     group: str
 
 
@@ -166,8 +166,7 @@ def _decide(
 ) -> _Start:
     run = open_store(job.run_uri, job.config.run.s3)
     checkpoints = Checkpoints(run)
-    number = checkpoints.begin_attempt({"driver": job.driver})
-    _refuse_fruitless(job, run, checkpoints)
+    number = checkpoints.begin_attempt({"group": job.group})
     events: list[Row] = []
 
     def rejected(commit: Commit, why: str) -> None:
@@ -215,27 +214,6 @@ def _decide(
     return _Start(number, progress, commit)
 
 
-def _refuse_fruitless(job: Job, run: Store, checkpoints: Checkpoints) -> None:
-    """End a job whose attempts fail one after the other, without a commit in between."""
-    newest = max((commit.attempt for commit in checkpoints.commits()), default=0)
-    folder = run.child("attempts")
-    mine = [
-        int(name.split(".")[0])
-        for name in folder.files()
-        if json.loads(folder.read(name))["driver"] == job.driver
-    ]
-    # This attempt has only begun.
-    fruitless = sum(attempt > newest for attempt in mine) - 1
-    if fruitless >= job.config.cluster.max_fruitless_attempts:
-        failed = [e for e in read_journal(run, "events") if e["event"] == "attempt_failed"]
-        causes = failed[-1]["causes"] if failed else {}
-        said = "; ".join(f"rank {rank}: {cause}" for rank, cause in causes.items())
-        raise TrainingError(
-            f"{fruitless} attempts in a row ended without a new commit; the last: "
-            f"{said or 'a worker process died'} (all in {job.run_uri}/events.jsonl)"
-        )
-
-
 class _Attempt:
     """One attempt on one rank; the loop's hooks."""
 
@@ -268,6 +246,7 @@ class _Attempt:
         self._checkpoints = Checkpoints(open_store(job.run_uri, job.config.run.s3))
         self._writer: threading.Thread | None = None
         self._writer_error: BaseException | None = None
+        self._failed_commits = 0
         self._profiler: Any = None
         self._committed_as_asked = False
 
@@ -303,6 +282,10 @@ class _Attempt:
             stream.close()
         self._heart.moved(outcome.progress.step, "ending")
         self._join_writer(COMMIT_TIMEOUT_S)
+        while self._failed_commits:  # the last one is not to be done without
+            time.sleep(FINAL_PAUSE_S)
+            self.commit(outcome.progress)
+            self._join_writer(COMMIT_TIMEOUT_S)
         self._reporter.drain(JOURNAL_TIMEOUT_S)
         return outcome
 
@@ -364,8 +347,9 @@ class _Attempt:
                 before_commit=lambda: self._reporter.drain(JOURNAL_TIMEOUT_S),
             )
         except BaseException as error:
-            self._writer_error = error
+            self._failed(commit, error)
             return
+        self._failed_commits = 0
         config = self._job.config.checkpoint
         try:
             self._checkpoints.prune(config.keep_last, config.keep_every)
@@ -381,6 +365,17 @@ class _Attempt:
             stall_s=round(stall_s, 4),
             write_s=round(time.perf_counter() - begun, 3),
         )
+
+    def _failed(self, commit: Commit, error: BaseException) -> None:
+        """Do without a commit that the storage refused; give up after some in a row."""
+        self._failed_commits += 1
+        if not isinstance(error, OSError) or self._failed_commits >= FAILED_COMMITS:
+            self._writer_error = error
+            return
+        why = f"{type(error).__name__}: {error}"
+        self.event("commit_failed", step=commit.step, commit=commit.name, why=why)
+        with contextlib.suppress(OSError):
+            self._checkpoints.discard(commit)  # where the disk is full, it is in the way
 
     def _join_writer(self, timeout_s: float) -> None:
         """Wait for the commit in the making; raise what went wrong with it."""

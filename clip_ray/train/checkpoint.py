@@ -211,6 +211,11 @@ class Checkpoints:
                 rejected(commit, str(error))
         return None
 
+    def discard(self, commit: Commit) -> None:
+        """Delete what was written of a checkpoint that could not be committed."""
+        if not self._store.exists(f"{commit.name}/{COMMIT}"):
+            self._store.delete(commit.name)
+
     def prune(self, keep_last: int, keep_every: int | None, pinned: Commit | None = None) -> None:
         """Delete what need not be kept: old commits, COMMIT first, and orphans.
 

@@ -221,8 +221,11 @@ def test_a_killed_job_is_resumed_by_the_same_command(jobs, undisturbed):
     assert relative([v for _, v in found], [v for _, v in expected]) <= 1e-4
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, slow(signal.SIGINT)])
-def test_a_signal_commits_and_ends(jobs, undisturbed, number):
+@pytest.mark.parametrize(
+    ("number", "resumes"),
+    [(signal.SIGTERM, False), slow(signal.SIGTERM, True), slow(signal.SIGINT, False)],
+)
+def test_a_signal_commits_and_ends(jobs, undisturbed, number, resumes):
     job = jobs.start("stopped", *SLOW_STEPS)
     jobs.wait_for_step("stopped", 19)
     if number == signal.SIGINT:
@@ -234,11 +237,10 @@ def test_a_signal_commits_and_ends(jobs, undisturbed, number):
     assert last < 60
     assert f"committed: step-{last:08d}.a1" in output
     assert jobs.rows("stopped")[-1]["step"] == last
-    if number == signal.SIGINT:
-        return
-    jobs.run("stopped", *SLOW_STEPS)
-    assert len(jobs.rows("stopped")) == 60  # nothing was computed twice
-    assert_same_end(jobs, "stopped", undisturbed)
+    if resumes:
+        jobs.run("stopped", *SLOW_STEPS)
+        assert len(jobs.rows("stopped")) == 60  # nothing was computed twice
+        assert_same_end(jobs, "stopped", undisturbed)
 
 
 def test_a_finished_run_is_shown_not_repeated(undisturbed):
