@@ -170,6 +170,19 @@ def test_options_of_the_step_through_ray(jobs, undisturbed):
     assert same == {name for name in before if name.startswith("visual.")}
 
 
+@pytest.mark.slow
+def test_weights_that_a_run_began_from_are_not_needed_again(jobs, undisturbed):
+    export = jobs.directory / "given"
+    shutil.copytree(undisturbed.run_dir("clip") / "export", export)
+    flags = ("--init.weights", str(export), "--train.steps", "6")
+    jobs.run("tuned", *flags)
+    shutil.rmtree(export)
+    jobs.run("tuned", *flags, "--run.extend", "3")
+    begun = [e for e in jobs.rows("tuned", "events") if e["event"] == "initial_weights"]
+    assert len(begun) == 1
+    assert [row["step"] for row in jobs.rows("tuned")] == list(range(1, 10))
+
+
 def test_a_killed_worker_costs_nothing_but_time(jobs, undisturbed):
     job = jobs.start("killed", *SLOW_STEPS)
     jobs.wait_for_step("killed", 10)
