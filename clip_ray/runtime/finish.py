@@ -21,6 +21,7 @@ from clip_ray.runtime.cluster import Share
 from clip_ray.storage import open_store
 from clip_ray.train.checkpoint import Checkpoints
 from clip_ray.train.journal import Row, lineage, read_journal
+from clip_ray.train.recovery import recoveries
 from clip_ray.train.rundir import Run
 from clip_ray.train.state import Progress, restore_weights
 
@@ -138,6 +139,7 @@ def summarize(
         "seconds": ended - started,
         "ettr": min(1.0, useful / max(ended - started, 1e-9)),
         "attempts": sum(e["event"] == "attempt" for e in events),
+        "recoveries": recoveries(rows, events),
         "recomputed_steps": len(rows) - len(line),
         "bad_samples": progress.bad,
         "truncated_captions": progress.truncated,

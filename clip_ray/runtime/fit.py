@@ -30,7 +30,7 @@ from clip_ray.runtime.cluster import (
     worker_bundles,
 )
 from clip_ray.runtime.progress import ProgressLine
-from clip_ray.runtime.pulse import Hang, Health, Pulse, end_process
+from clip_ray.runtime.pulse import STRAGGLES, Hang, Health, Pulse, Stragglers, end_process
 from clip_ray.runtime.recorder import send_event
 from clip_ray.runtime.room import Room
 from clip_ray.runtime.worker import Job, Result, run_worker
@@ -152,6 +152,7 @@ class _Group:
         )
         self._health = Health(config.cluster.hang_timeout_s, config.cluster.collective_timeout_s)
         self._room = Room(config.cluster, share)
+        self._stragglers = Stragglers()
         self._asked = self._hung = False
 
     def follow(self) -> Result | BaseException:
@@ -228,6 +229,9 @@ class _Group:
         if hang is not None:
             self._hung = True  # the group ends: what was last heard of it says nothing more
             self._watch.hang(hang, end_process(hang.pulse))
+        times = self._stragglers.compare(pulses)
+        if times is not None:
+            self._watch.compared(times)
         slow = self._health.slow(pulses)
         if slow is not None:
             self._watch.slow(slow)
@@ -246,7 +250,7 @@ class _Watch:
     def __init__(self, run: Run, recorder: Any, tracker: Tracker, line: ProgressLine) -> None:
         self._run, self._recorder, self._tracker, self._line = run, recorder, tracker, line
         self._incarnation, self._cursor = "", 0
-        self._slow = ""
+        self._slow, self._straggler = "", -1
         self.note = line.note
 
     def poll(self) -> list[Row]:
@@ -297,6 +301,17 @@ class _Watch:
             ended=how,
             stack=pulse.stack,
         )
+
+    def compared(self, times: Row) -> None:
+        """Journal the ranks' times, and name one that is far slower than the others."""
+        self.event("ranks", **times)
+        usual, most = times["compute_p50_s"], times["compute_max_s"]
+        if most > STRAGGLES * usual and self._straggler != times["slowest_rank"]:
+            self._straggler = times["slowest_rank"]
+            self.note(
+                f"rank {times['slowest_rank']} on {times['slowest_host']} holds the others up: "
+                f"{1000 * most:.0f} ms of its own work a step, the median is {1000 * usual:.0f}"
+            )
 
     def slow(self, pulse: Pulse) -> None:
         """Say, once for each rank and phase, what all wait for."""

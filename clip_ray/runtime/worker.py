@@ -296,17 +296,17 @@ class _Attempt:
             self._reporter.add("events", [row])
 
     def record(self, row: Row) -> None:
-        """See `train.loop.Hooks`."""
+        """See `train.hooks.Hooks`."""
         self._heart.moved(row["step"], "profile")
         self._profile(row["step"])
         self._reporter.add("metrics", [row])
 
     def quarantine(self, rows: list[Row]) -> None:
-        """See `train.loop.Hooks`."""
+        """See `train.hooks.Hooks`."""
         self._reporter.add("quarantine", rows)
 
     def asked(self) -> Set[Word]:
-        """See `train.loop.Hooks`."""
+        """See `train.hooks.Hooks`."""
         self._reporter.advance()
         asked = self._reporter.asked
         if "commit" not in asked:
@@ -314,11 +314,15 @@ class _Attempt:
         return asked - {"commit"} if self._committed_as_asked else asked
 
     def entered(self, step: int, phase: str) -> None:
-        """See `train.loop.Hooks`."""
+        """See `train.hooks.Hooks`."""
         self._heart.moved(step, phase)
 
+    def timed(self, seconds: dict[str, float]) -> None:
+        """See `train.hooks.Hooks`."""
+        self._heart.worked(seconds)
+
     def commit(self, progress: Progress) -> None:
-        """See `train.loop.Hooks`: rank 0 takes a snapshot, a thread writes it."""
+        """See `train.hooks.Hooks`: rank 0 takes a snapshot, a thread writes it."""
         self._committed_as_asked = True
         if self._rank != 0:
             return
