@@ -274,23 +274,29 @@ def last_mover(pulses: list[Pulse]) -> Pulse:
 
 def end_process(pulse: Pulse, timeout_s: float = 30.0) -> str:
     """Kill a rank's process on its node; return what was found there."""
-    there = NodeAffinitySchedulingStrategy(pulse.node, soft=False)
+    return signal_process(pulse.node, pulse.pid, signal.SIGKILL, timeout_s)
+
+
+def signal_process(node: str, pid: int, number: int, timeout_s: float = 30.0) -> str:
+    """Send a signal to a worker's process on its node; return what was found there."""
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
     try:
-        call = _kill.options(scheduling_strategy=there).remote(pulse.pid)
+        call = _signal.options(scheduling_strategy=there).remote(pid, number)
         return str(ray.get(call, timeout=timeout_s))
     except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
         return f"not reached: {type(error).__name__}"
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def _kill(pid: int) -> str:
+def _signal(pid: int, number: int) -> str:
     process = Path(f"/proc/{pid}")
     try:
         if process.exists() and not process.joinpath("cmdline").read_bytes().startswith(b"ray::"):
             return "another process has its number"
         states = (process / "status").read_text().splitlines() if process.exists() else []
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
     except (ProcessLookupError, FileNotFoundError):
         return "gone already"
     state = next((line.split(":", 1)[1].strip() for line in states if "State" in line), "")
-    return f"killed (state {state})" if state else "killed"
+    done = "killed" if number == signal.SIGKILL else signal.Signals(number).name
+    return f"{done} (state {state})" if state else done

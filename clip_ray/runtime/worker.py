@@ -207,6 +207,7 @@ def _decide(
             "commit": commit.name if commit else None,
             "world_size": context.get_world_size(),
             "pid": os.getpid(),
+            "node": ray.get_runtime_context().get_node_id(),
         }
     )
     stamped = [{"time": time.time(), "attempt": number, **event} for event in events]

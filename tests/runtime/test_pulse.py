@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
-from clip_ray.runtime.pulse import FIRST_S, Health, Pulse, Stragglers, _kill, last_mover
+from clip_ray.runtime.pulse import FIRST_S, Health, Pulse, Stragglers, _signal, last_mover
 
 
 def pulse(rank: int, step: int = 9, phase: str = "loss", still: float = 0, age: float = 0) -> Pulse:
@@ -127,7 +129,7 @@ def test_the_slowest_rank_is_told_from_its_own_work(monkeypatch):
 
 
 def test_only_a_worker_of_ray_is_killed():
-    kill = _kill._function
+    kill = partial(_signal._function, number=signal.SIGKILL)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         assert kill(other.pid) == "another process has its number"
         assert other.poll() is None
