@@ -428,6 +428,9 @@ class CheckpointConfig(Section):
     every_steps: PositiveInt = Field(1000, description="steps between commits")
     keep_last: PositiveInt = Field(3, description="newest commits kept")
     keep_every: PositiveInt | None = Field(None, description="also keep each commit at k x this")
+    writers: PositiveInt = Field(
+        1, description="workers that write a part of each commit: 1 = rank 0 writes all of it"
+    )
 
 
 class EvalConfig(Section):

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Set
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,7 @@ class _Attempt:
         heart: Heart,
     ) -> None:
         self._job, self._rank, self._device = job, rank, device
+        self._world_size = world_size
         self._start, self._reporter, self._heart = start, reporter, heart
         self._bare, self._optimizer = model, optimizer
         if job.config.train.compile:
@@ -285,7 +287,7 @@ class _Attempt:
         self._join_writer(COMMIT_TIMEOUT_S)
         while self._failed_commits:  # the last one is not to be done without
             time.sleep(FINAL_PAUSE_S)
-            self.commit(outcome.progress)
+            self._begin_commit(outcome.progress, parts=1)
             self._join_writer(COMMIT_TIMEOUT_S)
         self._reporter.drain(JOURNAL_TIMEOUT_S)
         return outcome
@@ -323,31 +325,43 @@ class _Attempt:
         self._heart.worked(seconds)
 
     def commit(self, progress: Progress) -> None:
-        """See `train.hooks.Hooks`: rank 0 takes a snapshot, a thread writes it."""
+        """See `train.hooks.Hooks`: the writing ranks take a snapshot, a thread writes it."""
         self._committed_as_asked = True
-        if self._rank != 0:
-            return
+        parts = min(self._job.config.checkpoint.writers, self._world_size)
+        if self._rank < parts:
+            self._begin_commit(progress, parts)
+
+    def _begin_commit(self, progress: Progress, parts: int) -> None:
         # The other ranks may already wait in the next step's collective.
         self._join_writer(0.8 * self._job.config.cluster.collective_timeout_s)
         begun = time.perf_counter()
-        files: dict[str, Any] = {
-            **snapshot(self._bare, self._optimizer),
-            "state.json": progress.to_bytes(),
-            "config.yaml": dump_config(self._job.config).encode(),
-            "tokenizer.json": self._job.tokenizer,
-        }
+        files: dict[str, Any] = dict(snapshot(self._bare, self._optimizer, self._rank, parts))
         stall = time.perf_counter() - begun
-        self._writer = threading.Thread(
-            target=self._write, args=(Commit(progress.step, self._start.attempt), files, stall)
-        )
+        commit = Commit(progress.step, self._start.attempt)
+        write = partial(self._write_part, commit, files)
+        if self._rank == 0:
+            files |= {
+                "state.json": progress.to_bytes(),
+                "config.yaml": dump_config(self._job.config).encode(),
+                "tokenizer.json": self._job.tokenizer,
+            }
+            write = partial(self._write, commit, files, parts, stall)
+        self._writer = threading.Thread(target=write)
         self._writer.start()
 
-    def _write(self, commit: Commit, files: dict[str, Any], stall_s: float) -> None:
+    def _write_part(self, commit: Commit, files: dict[str, Any]) -> None:
+        # Rank 0 is told of a failure, and decides what comes of it.
+        with contextlib.suppress(OSError):
+            self._checkpoints.write_part(commit, self._rank, files)
+
+    def _write(self, commit: Commit, files: dict[str, Any], parts: int, stall_s: float) -> None:
         begun = time.perf_counter()
         try:
             digest = self._checkpoints.write(
                 commit,
                 files,
+                parts=parts,
+                timeout_s=COMMIT_TIMEOUT_S,
                 # No row of a step that a commit covers may be lost with the recorder.
                 before_commit=lambda: self._reporter.drain(JOURNAL_TIMEOUT_S),
             )

@@ -213,7 +213,7 @@ def actor(head, title: str) -> psutil.Process:
 
 
 def test_a_killed_job_is_resumed_by_the_same_command(jobs, undisturbed):
-    job = jobs.start("again", *SLOW_STEPS)
+    job = jobs.start("again", *SLOW_STEPS, "--checkpoint.writers", "2")
     lease = jobs.run_dir("again") / "lease"
     wait_for(lambda: lease.is_dir() and any(lease.glob("*.json")), 60, "the lease")
     refused = jobs.run("again", *SLOW_STEPS, code=2)  # a second live writer
@@ -222,7 +222,9 @@ def test_a_killed_job_is_resumed_by_the_same_command(jobs, undisturbed):
     os.killpg(job.pid, signal.SIGKILL)
     job.wait(20)
     before = json.loads((jobs.run_dir("again") / "tracking.json").read_text())["run_id"]
-    # Nothing but the name and the run-defining settings has to stay: here one worker goes on.
+    assert list(jobs.run_dir("again").glob("checkpoints/*/model-00002-of-00002.safetensors"))
+    # Nothing but the name and the run-defining settings has to stay: here one worker goes on,
+    # from a commit that two have written.
     output = jobs.run("again", *SLOW_STEPS, "--cluster.num_workers", "1")
     start = int(re.search(r"from step (\d+)", output)[1])
     assert start >= 21 and start % 7 == 0
