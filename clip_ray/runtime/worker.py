@@ -43,8 +43,7 @@ from clip_ray.train.state import Progress, broadcast, build_state, restore, snap
 
 JOURNAL_TIMEOUT_S = 60.0
 COMMIT_TIMEOUT_S = 900.0
-FAILED_COMMITS = 3  # in a row, after which the attempt ends: the storage will not be back
-FINAL_PAUSE_S = 10.0  # before the last commit is tried again
+FINAL_PAUSE_S = 2.0  # before the last commit is tried again
 
 
 @dataclass(frozen=True)
@@ -249,7 +248,7 @@ class _Attempt:
         self._checkpoints = Checkpoints(open_store(job.run_uri, job.config.run.s3))
         self._writer: threading.Thread | None = None
         self._writer_error: BaseException | None = None
-        self._failed_commits = 0
+        self._failing_since: float | None = None
         self._profiler: Any = None
         self._committed_as_asked = False
 
@@ -285,7 +284,7 @@ class _Attempt:
             stream.close()
         self._heart.moved(outcome.progress.step, "ending")
         self._join_writer(COMMIT_TIMEOUT_S)
-        while self._failed_commits:  # the last one is not to be done without
+        while self._failing_since is not None:  # the last one is not to be done without
             time.sleep(FINAL_PAUSE_S)
             self._begin_commit(outcome.progress, parts=1)
             self._join_writer(COMMIT_TIMEOUT_S)
@@ -368,7 +367,7 @@ class _Attempt:
         except BaseException as error:
             self._failed(commit, error)
             return
-        self._failed_commits = 0
+        self._failing_since = None
         config = self._job.config.checkpoint
         try:
             self._checkpoints.prune(config.keep_last, config.keep_every)
@@ -386,9 +385,11 @@ class _Attempt:
         )
 
     def _failed(self, commit: Commit, error: BaseException) -> None:
-        """Do without a commit that the storage refused; give up after some in a row."""
-        self._failed_commits += 1
-        if not isinstance(error, OSError) or self._failed_commits >= FAILED_COMMITS:
+        """Do without a commit that the storage refused; give up when it has for too long."""
+        now = time.monotonic()
+        self._failing_since = self._failing_since or now
+        patience = self._job.config.checkpoint.patience_s
+        if not isinstance(error, OSError) or now - self._failing_since > patience:
             self._writer_error = error
             return
         why = f"{type(error).__name__}: {error}"

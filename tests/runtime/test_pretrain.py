@@ -327,6 +327,7 @@ def test_attempts_that_get_nowhere_end(jobs):
     jobs.run_dir("stuck").mkdir(parents=True)
     (jobs.run_dir("stuck") / "checkpoints").write_text("in the way")
     flags = ("--checkpoint.every_steps", "4", "--cluster.max_fruitless_attempts", "1")
+    flags += ("--checkpoint.patience_s", "1")
     output = jobs.run("stuck", *flags, code=2)
     assert "1 attempts in a row ended without a new commit; the last: rank" in output
     assert "nothing is committed yet; to resume:" in output
