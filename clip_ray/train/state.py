@@ -7,11 +7,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from clip_ray.config import Config
@@ -101,8 +103,16 @@ def snapshot(
         sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
         mine = {name: _to_host(tensors[name]) for name in dealt(sizes, parts)[part]}
         ending = f"-{part + 1:05d}-of-{parts:05d}" if parts > 1 else ""
-        files[f"{kind}{ending}.safetensors"] = partial(safetensors.torch.save_file, mine)
+        files[f"{kind}{ending}.safetensors"] = partial(_save, mine)
     return files
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a file of tensors. Raises OSError where the disk is full: safetensors does not."""
+    try:
+        safetensors.torch.save_file(tensors, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
 
 
 def dealt(sizes: Mapping[str, int], parts: int) -> list[list[str]]:

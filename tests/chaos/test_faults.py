@@ -126,13 +126,18 @@ def test_a_disk_that_fills_up_costs_commits_and_nothing_else(jobs, small_disk):
     job = jobs.start("full", *steps, *flags, "--tracking.register_model", "false")
     wait_for(lambda: Checkpoints(run).commits(), 200, "a commit")
     filler = small_disk / "filler"
-    with open(filler, "wb", buffering=0) as file:
-        with contextlib.suppress(OSError):
-            while True:
-                file.write(bytes(65536))
-        # Journals still fit: they are what says that no commit does.
-        file.truncate(max(file.tell() - 300_000, 0))
-    wait_for(lambda: events(run, "commit_failed"), 60, "a commit that fails")
+
+    def one_fails() -> bool:
+        # Again and again: what is deleted of old commits makes room.
+        with open(filler, "ab", buffering=0) as file:
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(65536))
+            # Journals still fit: they are what says that no commit does.
+            file.truncate(max(file.tell() - 300_000, 0))
+        return bool(events(run, "commit_failed"))
+
+    wait_for(one_fails, 60, "a commit that fails")
     kept = Checkpoints(run).commits()
     assert kept and Checkpoints(run).verify(kept[-1])
     time.sleep(2)

@@ -50,6 +50,13 @@ def test_parts_restore_what_one_file_does(tmp_path: Path, parts: int) -> None:
             assert torch.equal(optimizer.state[a][kind], others.state[b][kind])
 
 
+def test_a_full_disk_is_an_error_of_the_system() -> None:
+    model, optimizer, _ = stepped()
+    (fill, *_) = snapshot(model, optimizer).values()
+    with pytest.raises(OSError, match="No space left"):
+        fill(Path("/dev/full"))
+
+
 def test_a_part_that_lacks_is_no_state(tmp_path: Path) -> None:
     model, optimizer, config = stepped()
     files = {}
