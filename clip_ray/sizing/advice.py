@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 from clip_ray.config import Config
 from clip_ray.sizing.counts import count
-from clip_ray.sizing.gpus import GB, Gpu, Machine
-from clip_ray.sizing.plan import Plan, memory_of
+from clip_ray.sizing.gpus import GB, Cluster, Gpu
+from clip_ray.sizing.memory import memory_of
+from clip_ray.sizing.plan import Plan
 
 SHORT_STEP_S = 0.2
 """Of the published runs of B/32, steps of 0.3 s held the rule (256 samples on each of 344 A100),
@@ -20,34 +21,33 @@ LOST_H = 1.0  # hours of work that a crash may cost
 DECODE_NODE_CPUS = 32  # of a node that only decodes, as in cluster/
 
 
-def warnings(plan: Plan, config: Config, gpu: Gpu, machine: Machine) -> list[str]:
+def warnings(plan: Plan, config: Config, cluster: Cluster) -> list[str]:
     """Return what the user should know before money is spent, the worst first."""
     return [
-        *_of_memory(plan, config, gpu),
+        *_of_memory(plan, config, cluster),
         *_of_batch(plan),
-        *_of_precision(config, gpu),
-        *_of_data(plan, machine),
-        *_of_network(plan, machine),
+        *_of_precision(config, cluster.gpu),
+        *_of_data(plan, cluster),
+        *_of_network(plan, cluster),
         *_of_checkpoints(plan, config),
     ]
 
 
-def _of_memory(plan: Plan, config: Config, gpu: Gpu) -> Iterator[str]:
-    memory = plan.memory
+def _of_memory(plan: Plan, config: Config, cluster: Cluster) -> Iterator[str]:
+    memory, micro = plan.memory, plan.batch.micro_batch
     if memory.needed <= memory.available:
         return
     ways = []
-    train = config.train.model_copy(update={"grad_checkpointing": True})
-    anew = config.model_copy(update={"train": train})
-    pair = count(config.model, train.patch_dropout)
     if not config.train.grad_checkpointing:
-        needed = memory_of(anew, pair, plan.gpus, gpu, plan.micro_batch).needed
-        ways.append(f"--train.grad_checkpointing true (then {needed / GB:.0f} GB)")
-    if plan.micro_batch > 1:
-        ways.append(f"a --train.micro_batch below {plan.micro_batch}")
+        train = config.train.model_copy(update={"grad_checkpointing": True})
+        pair = count(config.model, train.patch_dropout)
+        anew = memory_of(config.model_copy(update={"train": train}), pair, cluster, micro)
+        ways.append(f"--train.grad_checkpointing true (then {anew.needed / GB:.0f} GB)")
+    if micro > 1:
+        ways.append(f"a --train.micro_batch below {micro}")
     yield (
-        f"memory: a micro-batch of {plan.micro_batch} needs {memory.needed / GB:.0f} GB of the "
-        f"{memory.available / GB:.0f} GB of {_article(gpu.name)}: "
+        f"memory: a micro-batch of {micro} needs {memory.needed / GB:.0f} GB, "
+        f"{_article(plan.gpu)} has {memory.available / GB:.0f} GB: "
         f"{', '.join([*ways, 'a GPU with more memory'])}"
     )
 
@@ -57,26 +57,26 @@ def _article(name: str) -> str:
 
 
 def _of_batch(plan: Plan) -> Iterator[str]:
-    G, W = plan.global_batch, plan.gpus
+    G, W, rows = plan.global_batch, plan.gpus, plan.batch.rows
     if G < W:
         yield (
             f"global batch {G} is too small for {W} GPUs: {W - G} of them get no sample; raise "
             f"--train.global_batch, or take at most {G}"
         )
         return
-    void = 1 - G / (plan.rows * W)
+    void = 1 - G / (rows * W)
     if void > VOID_LIMIT:
-        whole = G // (plan.rows - 1) if plan.rows > 1 else G
         yield (
-            f"global batch {G} over {W} GPUs leaves {void:.0%} of the rows void; "
-            f"{W * plan.rows} or {W * (plan.rows - 1)} samples, or {min(whole, G)} GPUs, do not"
+            f"global batch {G} over {W} GPUs leaves {void:.0%} of the rows void; with "
+            f"--train.global_batch {W * (rows - 1)} or {W * rows} none are"
         )
-    if plan.device_s < SHORT_STEP_S and W > 1:
-        fewer = max(math.floor(W * plan.device_s / SHORT_STEP_S), 1)
+    work_s = plan.speed.device_s
+    if work_s < SHORT_STEP_S and W > 1:
+        fewer = max(math.floor(W * work_s / SHORT_STEP_S), 1)
         yield (
-            f"global batch {G} is too small for {W} GPUs: {plan.rows} samples are "
-            f"{plan.device_s:.2f} s of work for one, and a published run with such steps reached "
-            f"a third of the speed that is expected here; raise --train.global_batch, or take {fewer}"
+            f"global batch {G} is too small for {W} GPUs: {rows} samples are {work_s:.2f} s of "
+            "work for one, and a published run with such steps reached a third of the speed that "
+            f"is expected here; raise --train.global_batch, or take {fewer} GPUs"
         )
 
 
@@ -93,41 +93,42 @@ def _of_precision(config: Config, gpu: Gpu) -> Iterator[str]:
         )
 
 
-def _of_data(plan: Plan, machine: Machine) -> Iterator[str]:
-    if plan.decode_cpus > plan.data_cpus:
-        short = plan.decode_cpus - plan.data_cpus
+def _of_data(plan: Plan, cluster: Cluster) -> Iterator[str]:
+    if plan.speed.decode_cpus > plan.speed.data_cpus:
+        short = plan.speed.decode_cpus - plan.speed.data_cpus
         nodes = math.ceil(short / DECODE_NODE_CPUS)
-        slower = plan.decode_cpus / max(plan.data_cpus, 1e-9)
+        slower = plan.speed.decode_cpus / max(plan.speed.data_cpus, 1e-9)
         yield (
-            f"decode-bound: the GPUs would take {plan.decode_cpus:.0f} CPUs' images, "
-            f"{plan.data_cpus:.0f} are there, so steps take {slower:.1f} times as long; add "
+            f"decode-bound: the GPUs would take {plan.speed.decode_cpus:.0f} CPUs' images, "
+            f"{plan.speed.data_cpus:.0f} are there, so steps take {slower:.1f} times as long; add "
             f"{nodes} nodes of {DECODE_NODE_CPUS} CPUs that decode, or shrink the pictures once "
             "(jobs/prepare.py --longest_side 256) and give their --decode_ms"
         )
-    if plan.object_store > plan.object_store_there:
+    node, name = plan.node, cluster.machine.name
+    if node.object_store > node.object_store_there:
         yield (
-            f"object store: blocks under way want {plan.object_store / GB:.1f} GB on a node, Ray "
-            f"takes {plan.object_store_there / GB:.1f} GB of its memory by default: start it with "
-            "--object-store-memory, lower cluster.data_cpus, or raise cluster.object_store_share"
+            f"object store: blocks under way want {node.object_store / GB:.1f} GB on a node, and "
+            f"Ray takes {node.object_store_there / GB:.1f} GB of its memory by default: start Ray "
+            "with a larger --object-store-memory, or lower --cluster.data_cpus"
         )
-    if plan.host > plan.host_there:
+    if node.needed > node.available:
         yield (
-            f"main memory: workers with their windows of decoded samples, Ray's object store and a "
-            f"checkpoint's copy take {plan.host / GB:.0f} GB of a node, {machine.name} has "
-            f"{plan.host_there / GB:.0f} GB: lower data.window, or take more nodes"
+            f"main memory: workers with their windows of decoded samples, Ray's object store and "
+            f"a checkpoint's copy take {node.needed / GB:.0f} GB, {name} has "
+            f"{node.available / GB:.0f} GB: lower --data.window, or take more nodes"
         )
 
 
-def _of_network(plan: Plan, machine: Machine) -> Iterator[str]:
-    exposed = plan.network.exposed_s / (plan.device_s + plan.network.exposed_s)
+def _of_network(plan: Plan, cluster: Cluster) -> Iterator[str]:
+    exposed = plan.network.exposed_s / (plan.speed.device_s + plan.network.exposed_s)
     if exposed > NETWORK_LIMIT:
         yield (
             f"network-bound: a step waits {plan.network.exposed_s:.2f} s for collectives, "
             f"{exposed:.0%} of it; raise --train.global_batch, take a faster network between nodes "
-            f"({machine.network_gbit:g} Gbit/s here), or fewer and larger nodes"
+            f"({cluster.machine.network_gbit:g} Gbit/s here), or fewer and larger nodes"
         )
-    coming = plan.network.pixels * min(machine.gpus, plan.gpus) / plan.step_s
-    limit = PIXELS_LIMIT * machine.network_gbit / 8 * GB
+    coming = plan.network.pixels * cluster.workers_of_node / plan.speed.step_s
+    limit = PIXELS_LIMIT * cluster.machine.network_gbit / 8 * GB
     if plan.nodes > 1 and coming > limit:
         yield (
             f"decoded pixels are {coming / GB:.1f} GB/s to each node, over half of its network, "
@@ -137,16 +138,21 @@ def _of_network(plan: Plan, machine: Machine) -> Iterator[str]:
 
 def _of_checkpoints(plan: Plan, config: Config) -> Iterator[str]:
     every = config.checkpoint.every_steps
-    between = every * plan.step_s
-    if plan.write_s > between:
-        steps = math.ceil(plan.write_s / plan.step_s)
+    between = every * plan.speed.step_s
+    if plan.commits.write_s > between:
+        steps = math.ceil(plan.commits.write_s / plan.speed.step_s)
         yield (
-            f"a checkpoint takes {plan.write_s:.0f} s to write and the next is due after "
+            f"a checkpoint takes {plan.commits.write_s:.0f} s to write and the next is due after "
             f"{between:.0f} s: --checkpoint.every_steps of at least {steps}, or faster storage"
         )
     if between > LOST_H * 3600 and plan.steps > every:
-        steps = max(round(LOST_H * 3600 / plan.step_s, -2), 1)
         yield (
             f"a crash costs up to {between / 3600:.1f} h of work: --checkpoint.every_steps "
-            f"{steps:.0f} makes it an hour"
+            f"{_rounded(LOST_H * 3600 / plan.speed.step_s)} makes it about an hour"
         )
+
+
+def _rounded(steps: float) -> int:
+    """Return a number of steps with two digits that count, at least 1."""
+    digits = math.floor(math.log10(max(steps, 1))) - 1
+    return max(int(round(steps, -digits)) if digits > 0 else round(steps), 1)

@@ -6,6 +6,7 @@ units of 10^9 bytes as sold; what a process sees differs by some percent either 
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -62,6 +63,31 @@ class Machine:
     cpus: int
     memory: float
     network_gbit: float
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a run is planned on.
+
+    Attributes:
+        gpus: workers, one a GPU.
+        gpu: their type.
+        machine: what they are in.
+    """
+
+    gpus: int
+    gpu: Gpu
+    machine: Machine
+
+    @property
+    def nodes(self) -> int:
+        """Machines, the last perhaps not full."""
+        return math.ceil(self.gpus / self.machine.gpus)
+
+    @property
+    def workers_of_node(self) -> int:
+        """Workers of a full machine."""
+        return min(self.gpus, self.machine.gpus)
 
 
 # https://aws.amazon.com/ec2/instance-types/ ("Accelerated computing"). GiB there, 10^9 here. Where

@@ -10,16 +10,14 @@ import math
 from dataclasses import dataclass
 
 from clip_ray.config import Config
-from clip_ray.contrastive.tiles import CUDA_TILE_LOGITS, KEEP_BYTES
+from clip_ray.contrastive.tiles import KEEP_BYTES
 from clip_ray.data.blocks import BLOCK_BYTES
 from clip_ray.errors import ConfigError
 from clip_ray.sizing.calibration import executed_flops, rate
 from clip_ray.sizing.counts import Pair, count
-from clip_ray.sizing.gpus import GB, Gpu, Machine
+from clip_ray.sizing.gpus import GB, Cluster
+from clip_ray.sizing.memory import Memory, largest_micro_batch, learned, memory_of, row_bytes
 
-CONTEXT_BYTES = 2 * GB  # CUDA's context, its libraries' workspaces, NCCL's buffers; an assumption
-FRAGMENTED = 0.06  # share of the memory that the allocator cannot hand out; an assumption
-TILES = 4  # tiles of logits alive at once: the tile, its exponentials, their sum, one more
 TENSOR_BYTES = 240  # of a checkpoint's two files beside the numbers, a tensor; measured: 229, 239
 COPY_RATE = 4 * GB  # bytes/s from a GPU to unpinned host memory; an assumption
 LOSS_SHARE = 0.5  # of the fp32 peak that the loss's products reach; an assumption
@@ -45,39 +43,6 @@ class Assumptions:
     decode_ms: float = 1.2
     storage_rate: float = 200e6
     price_per_gpu_hour: float | None = None
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one GPU's memory.
-
-    Attributes:
-        weights: parameters, and their bf16 copies.
-        gradients: of what learns; DistributedDataParallel's buckets are the same memory.
-        moments: AdamW's two.
-        samples: pixels and tokens of all the worker's rows, as they came.
-        activations: kept for the backward pass of a micro-batch, and what that works with.
-        loss: features of all rows, the text of all workers and its gradients, tiles of logits.
-        reserve: what cannot be used.
-        available: what the GPU has.
-    """
-
-    weights: float
-    gradients: float
-    moments: float
-    samples: float
-    activations: float
-    loss: float
-    reserve: float
-    available: float
-
-    @property
-    def needed(self) -> float:
-        """Bytes that the step takes, the reserve included."""
-        return (
-            self.weights + self.gradients + self.moments + self.samples
-            + self.activations + self.loss + self.reserve
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -107,8 +72,89 @@ class Network:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """How a step's samples are dealt.
+
+    Attributes:
+        rows: of G on one worker.
+        micro_batch: samples of one forward pass.
+        micro_batches: of a step on a worker; beyond one, GradCache passes forward twice.
+    """
+
+    rows: int
+    micro_batch: int
+    micro_batches: int
+
+    @property
+    def padded(self) -> int:
+        """Rows that a worker computes, void ones included."""
+        return self.micro_batch * self.micro_batches
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a step takes.
+
+    Attributes:
+        utilization: share of the GPU's peak that the executed operations reach.
+        mfu: the same without what is computed again, as the field states it.
+        device_s: seconds of work on the GPU.
+        decode_s: seconds of the CPUs that are there, for the step's images.
+        step_s: the longer of the GPU, with the network that nothing hides, and of decoding.
+        samples_per_s: of all GPUs.
+        decode_cpus: needed to keep up with the GPUs.
+        data_cpus: there for it.
+    """
+
+    utilization: float
+    mfu: float
+    device_s: float
+    decode_s: float
+    step_s: float
+    samples_per_s: float
+    decode_cpus: float
+    data_cpus: float
+
+
+@dataclass(frozen=True)
+class Node:
+    """Bytes of a machine's main memory.
+
+    Attributes:
+        object_store: what blocks under way want of Ray's object store.
+        object_store_there: what Ray gives it by default.
+        needed: what the run takes, the object store included.
+        available: what the machine has.
+    """
+
+    object_store: float
+    object_store_there: float
+    needed: float
+    available: float
+
+
+@dataclass(frozen=True)
+class Commits:
+    """Checkpoints.
+
+    Attributes:
+        size: bytes of one.
+        snapshot_s: seconds for which one holds the step up.
+        write_s: seconds for which it is written beside the training.
+        number: of the run.
+        kept: bytes of all that are kept, and of the one being written.
+    """
+
+    size: float
+    snapshot_s: float
+    write_s: float
+    number: int
+    kept: float
+
+
+@dataclass(frozen=True)
 class Plan:
-    """A run on a cluster; bytes, seconds and operations where nothing else is said.
+    """A run on a cluster; in bytes, seconds and operations where nothing else is said.
 
     Attributes:
         model: name.
@@ -116,32 +162,15 @@ class Plan:
         forward_flops: of one pair.
         gpu: name of the type.
         gpus: workers, one a GPU.
-        machine: name of the machine that is assumed.
         nodes: machines.
         global_batch: G.
-        rows: of G on one worker.
-        micro_batch: samples of one forward pass.
-        micro_batches: of a step on a worker.
-        memory: of one GPU.
-        utilization: share of the GPU's peak that the executed operations reach.
-        mfu: the same without what is computed again, as the field states it.
-        device_s: of a step's work on the GPU.
-        decode_s: of a step's images on the CPUs that are there.
-        step_s: of a step: the longer of both, and the network that nothing hides.
-        samples_per_s: of all GPUs.
-        decode_cpus: needed to keep up.
-        data_cpus: there for it.
-        network: of one GPU and step.
-        object_store: bytes of Ray's object store that a node's blocks under way want.
-        object_store_there: bytes of it that Ray gives a node by default.
-        host: bytes of a node's main memory that the run takes.
-        host_there: bytes that the node has.
         steps: of the run.
-        checkpoint: bytes of one.
-        snapshot_s: for which a commit holds the step up.
-        write_s: for which it is written beside the training.
+        batch: how G is dealt.
+        memory: of one GPU.
+        speed: of a step.
+        network: of one GPU and step.
+        node: of one machine.
         commits: of the run.
-        storage: bytes of all checkpoints that are kept.
         hours: of the run.
         cost: of the GPUs; None: no price was given.
     """
@@ -151,123 +180,149 @@ class Plan:
     forward_flops: int
     gpu: str
     gpus: int
-    machine: str
     nodes: int
     global_batch: int
-    rows: int
-    micro_batch: int
-    micro_batches: int
-    memory: Memory
-    utilization: float
-    mfu: float
-    device_s: float
-    decode_s: float
-    step_s: float
-    samples_per_s: float
-    decode_cpus: float
-    data_cpus: float
-    network: Network
-    object_store: float
-    object_store_there: float
-    host: float
-    host_there: float
     steps: int
-    checkpoint: float
-    snapshot_s: float
-    write_s: float
-    commits: int
-    storage: float
+    batch: Batch
+    memory: Memory
+    speed: Speed
+    network: Network
+    node: Node
+    commits: Commits
     hours: float
     cost: float | None
 
 
-def plan(config: Config, gpus: int, gpu: Gpu, machine: Machine, assumptions: Assumptions) -> Plan:
+def plan(config: Config, cluster: Cluster, assumptions: Assumptions) -> Plan:
     """Return the plan of a run.
 
     Args:
         config: of the run; `train.samples` or `train.steps` gives its length.
-        gpus: number of workers, each with one.
-        gpu: their type.
-        machine: what they are in.
+        cluster: what it runs on.
         assumptions: what the config does not say.
 
     Raises:
         ConfigError: the length is in passes over data that is not known here.
     """
-    pair = count(config.model, config.train.patch_dropout)
-    rows = math.ceil(config.train.global_batch / gpus)
-    micro = config.train.micro_batch or _largest_micro_batch(config, pair, gpus, gpu)
-    micro = min(micro, rows)
-    micro_batches = math.ceil(rows / micro)
-    nodes = math.ceil(gpus / machine.gpus)
-    train = config.train
-    flops = executed_flops(
-        pair,
-        grad_checkpointing=train.grad_checkpointing,
-        two_passes=micro_batches > 1,
-        freeze=config.init.freeze,
-    )
-    peak = gpu.peak(train.precision)
-    utilization = assumptions.utilization or (rate(gpu, pair.forward_flops, train.precision) / peak)
-    device_s = micro * micro_batches * flops / (peak * utilization)
-    device_s += loss_flops(config, rows, gpus) / (gpu.fp32 * LOSS_SHARE)
-    network = _network(config, pair, gpus, gpu, machine, device_s / micro_batches)
-    worker_cpus = config.cluster.cpus_per_worker or 1
-    data_cpus = config.cluster.data_cpus or max(nodes * machine.cpus - gpus * worker_cpus, 0)
-    decode_s = train.global_batch * assumptions.decode_ms / 1000 / max(data_cpus, 1e-9)
-    step_s = max(device_s + network.exposed_s, decode_s)
     steps = _steps(config)
-    checkpoint = checkpoint_bytes(pair, config)
-    snapshot_s = checkpoint / COPY_RATE
-    commits = max(steps // config.checkpoint.every_steps, 1)
-    kept = config.checkpoint.keep_last + 1
-    if config.checkpoint.keep_every:
-        kept += steps // config.checkpoint.keep_every
-    hours = (steps * step_s + commits * snapshot_s) / 3600
-    store_there = min(RAY_STORE_SHARE * machine.memory, RAY_STORE_LIMIT)
-    workers, node_cpus = min(machine.gpus, gpus), data_cpus / nodes
-    window = config.data.window or WINDOW
-    store = (16 + 4 * (node_cpus + workers)) * BLOCK_BYTES / config.cluster.object_store_share
+    pair = count(config.model, config.train.patch_dropout)
+    batch = _batch(config, pair, cluster)
+    data_cpus = _data_cpus(config, cluster)
+    device_s, utilization = _device(config, pair, cluster, batch, assumptions)
+    network = _network(config, pair, cluster, device_s / batch.micro_batches)
+    speed = _speed(config, pair, cluster, assumptions, device_s, utilization, network, data_cpus)
+    commits = _commits(config, pair, steps, assumptions)
+    hours = (steps * speed.step_s + commits.number * commits.snapshot_s) / 3600
+    price = assumptions.price_per_gpu_hour
     return Plan(
         model=config.model.name,
         parameters=pair.parameters,
         forward_flops=pair.forward_flops,
-        gpu=gpu.name,
-        gpus=gpus,
-        machine=machine.name,
-        nodes=nodes,
-        global_batch=train.global_batch,
-        rows=rows,
-        micro_batch=micro,
-        micro_batches=micro_batches,
-        memory=memory_of(config, pair, gpus, gpu, micro),
+        gpu=cluster.gpu.name,
+        gpus=cluster.gpus,
+        nodes=cluster.nodes,
+        global_batch=config.train.global_batch,
+        steps=steps,
+        batch=batch,
+        memory=memory_of(config, pair, cluster, batch.micro_batch),
+        speed=speed,
+        network=network,
+        node=_node(config, cluster, batch, data_cpus, commits.size),
+        commits=commits,
+        hours=hours,
+        cost=None if price is None else price * cluster.gpus * hours,
+    )
+
+
+def _batch(config: Config, pair: Pair, cluster: Cluster) -> Batch:
+    rows = math.ceil(config.train.global_batch / cluster.gpus)
+    micro = config.train.micro_batch or largest_micro_batch(config, pair, cluster)
+    micro = min(micro, rows)
+    return Batch(rows, micro, math.ceil(rows / micro))
+
+
+def _data_cpus(config: Config, cluster: Cluster) -> float:
+    """Return the CPUs that read and decode: given, or what the workers leave of the machines."""
+    left = cluster.nodes * cluster.machine.cpus
+    left -= math.ceil(cluster.gpus * (config.cluster.cpus_per_worker or 1))
+    return config.cluster.data_cpus or max(left, 0)
+
+
+def _device(
+    config: Config, pair: Pair, cluster: Cluster, batch: Batch, assumptions: Assumptions
+) -> tuple[float, float]:
+    """Return the seconds that a step's operations take a GPU, and the share of its peak."""
+    train, gpu = config.train, cluster.gpu
+    flops = executed_flops(
+        pair,
+        grad_checkpointing=train.grad_checkpointing,
+        two_passes=batch.micro_batches > 1,
+        freeze=config.init.freeze,
+    )
+    peak = gpu.peak(train.precision)
+    share = assumptions.utilization or rate(gpu, pair.forward_flops, train.precision) / peak
+    loss_s = loss_flops(config, batch.padded, cluster.gpus) / (gpu.fp32 * LOSS_SHARE)
+    return batch.padded * flops / (peak * share) + loss_s, share
+
+
+def _speed(
+    config: Config,
+    pair: Pair,
+    cluster: Cluster,
+    assumptions: Assumptions,
+    device_s: float,
+    utilization: float,
+    network: Network,
+    data_cpus: float,
+) -> Speed:
+    G = config.train.global_batch
+    decode_cpu_s = G * assumptions.decode_ms / 1000
+    gpu_s = device_s + network.exposed_s
+    decode_s = decode_cpu_s / max(data_cpus, 1e-9)
+    step_s = max(gpu_s, decode_s)
+    peak = cluster.gpu.peak(config.train.precision)
+    return Speed(
         utilization=utilization,
-        mfu=3 * pair.forward_flops * rows / device_s / peak,
+        mfu=3 * pair.forward_flops * G / (cluster.gpus * step_s * peak),
         device_s=device_s,
         decode_s=decode_s,
         step_s=step_s,
-        samples_per_s=train.global_batch / step_s,
-        decode_cpus=train.global_batch * assumptions.decode_ms / 1000
-        / (device_s + network.exposed_s),
+        samples_per_s=G / step_s,
+        decode_cpus=decode_cpu_s / gpu_s,
         data_cpus=data_cpus,
-        network=network,
-        object_store=store,
-        object_store_there=store_there,
-        # A window is assembled while the half of another waits; a snapshot lies on rank 0's node.
-        host=workers * (WORKER_BYTES + 1.5 * window * rows * row_bytes(config))
-        + store_there + checkpoint,
-        host_there=machine.memory,
-        steps=steps,
-        checkpoint=checkpoint,
-        snapshot_s=snapshot_s,
-        write_s=checkpoint / assumptions.storage_rate,
-        commits=commits,
-        storage=kept * checkpoint,
-        hours=hours,
-        cost=None
-        if assumptions.price_per_gpu_hour is None
-        else assumptions.price_per_gpu_hour * gpus * hours,
-    )  # fmt: skip
+    )
+
+
+def _node(
+    config: Config, cluster: Cluster, batch: Batch, data_cpus: float, checkpoint: float
+) -> Node:
+    workers, memory = cluster.workers_of_node, cluster.machine.memory
+    # As the object store of a local Ray is sized: blocks of each task and worker, and some more.
+    blocks = 16 + 4 * (data_cpus / cluster.nodes + workers)
+    there = min(RAY_STORE_SHARE * memory, RAY_STORE_LIMIT)
+    window = config.data.window or WINDOW
+    # A window is assembled while the half of another waits. The snapshot lies on rank 0's node.
+    worker = WORKER_BYTES + 1.5 * window * batch.rows * row_bytes(config)
+    return Node(
+        object_store=blocks * BLOCK_BYTES / config.cluster.object_store_share,
+        object_store_there=there,
+        needed=workers * worker + there + checkpoint,
+        available=memory,
+    )
+
+
+def _commits(config: Config, pair: Pair, steps: int, assumptions: Assumptions) -> Commits:
+    size = checkpoint_bytes(pair, config)
+    keep_every = config.checkpoint.keep_every
+    kept = config.checkpoint.keep_last + 1 + (steps // keep_every if keep_every else 0)
+    number = math.ceil(steps / config.checkpoint.every_steps)
+    return Commits(
+        size=size,
+        snapshot_s=size / COPY_RATE,
+        write_s=size / assumptions.storage_rate,
+        number=number,
+        kept=min(kept, number + 1) * size,
+    )
 
 
 def _steps(config: Config) -> int:
@@ -280,68 +335,6 @@ def _steps(config: Config) -> int:
     return train.steps or math.ceil((train.samples or 0) / train.global_batch)
 
 
-def row_bytes(config: Config) -> int:
-    """Return the bytes of one decoded sample: uint8 pixels and int32 tokens."""
-    return 3 * config.model.vision.image_size**2 + 4 * config.model.text.context_length
-
-
-def learned(pair: Pair, config: Config) -> int:
-    """Return the number of parameters that are not frozen."""
-    towers = (("image", pair.image), ("text", pair.text))
-    return pair.scalars + sum(t.parameters for name, t in towers if name not in config.init.freeze)
-
-
-def memory_of(config: Config, pair: Pair, gpus: int, gpu: Gpu, micro: int) -> Memory:
-    """Return what a GPU's memory holds in a step with micro-batches of `micro` samples."""
-    train = config.train
-    G, rows = train.global_batch, math.ceil(train.global_batch / gpus)
-    micro = min(micro, rows)
-    padded = micro * math.ceil(rows / micro)
-    E = config.model.embed_dim
-    trained = learned(pair, config)
-    saved, working = 0, 0
-    for name, tower in (("image", pair.image), ("text", pair.text)):
-        if name not in config.init.freeze:
-            saved += tower.saved_bytes(train.precision, pair.quick_gelu, train.grad_checkpointing)
-            working = max(working, tower.working_bytes(train.precision))
-    # Both sides' features and their gradients; of everyone's text: what was gathered, the features
-    # cut out of it, and their gradient twice (the sum over tiles, and that times a factor).
-    features = 4 * (4 * padded * E + 4 * padded * gpus * E)
-    logits = 4 * padded * padded * gpus
-    tiles = logits if logits <= KEEP_BYTES["cuda"] else 0
-    tiles += TILES * min(logits, 4 * CUDA_TILE_LOGITS)
-    activations = micro * (saved + working)
-    if padded > micro:
-        # With micro-batches no activations are kept while the loss is taken.
-        activations, tiles = max(activations, tiles), 0
-    return Memory(
-        weights=pair.parameters * (6 if train.precision == "bf16" else 4),
-        gradients=4 * trained,
-        moments=8 * trained,
-        samples=padded * row_bytes(config),
-        activations=activations,
-        loss=features + tiles,
-        reserve=CONTEXT_BYTES + FRAGMENTED * gpu.memory,
-        available=gpu.memory,
-    )
-
-
-def _largest_micro_batch(config: Config, pair: Pair, gpus: int, gpu: Gpu) -> int:
-    """Return all of a worker's rows where they fit, else the largest power of two that does."""
-    rows = math.ceil(config.train.global_batch / gpus)
-
-    def fits(micro: int) -> bool:
-        memory = memory_of(config, pair, gpus, gpu, micro)
-        return memory.needed <= memory.available
-
-    if fits(rows):
-        return rows
-    micro = 1 << max((rows - 1).bit_length() - 1, 0)  # the largest power of two below
-    while micro > 1 and not fits(micro):
-        micro //= 2
-    return micro
-
-
 def loss_flops(config: Config, rows: int, gpus: int) -> int:
     """Return the operations of the loss on one worker: (rows, G) logits and two gradients.
 
@@ -352,9 +345,8 @@ def loss_flops(config: Config, rows: int, gpus: int) -> int:
     return (3 if kept else 4) * product
 
 
-def _network(
-    config: Config, pair: Pair, gpus: int, gpu: Gpu, machine: Machine, micro_s: float
-) -> Network:
+def _network(config: Config, pair: Pair, cluster: Cluster, micro_s: float) -> Network:
+    gpus, machine = cluster.gpus, cluster.machine
     G, E = config.train.global_batch, config.model.embed_dim
     rows = math.ceil(G / gpus)
     padded = rows * gpus
@@ -369,7 +361,7 @@ def _network(
         # A ring crosses from each machine to the next once, through all of its network.
         speed = NETWORK_SHARE * machine.network_gbit / 8 * GB
     else:
-        speed = NETWORK_SHARE * gpu.link
+        speed = NETWORK_SHARE * cluster.gpu.link
     loss_s = (gather + statistics + scatter) / speed
     gradients_s = gradients / speed
     # A backward pass is two thirds of a micro-batch's time, or a little less.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,44 +14,48 @@ from clip_ray.config.load import load_config
 from clip_ray.errors import ConfigError
 from clip_ray.sizing.advice import warnings
 from clip_ray.sizing.calibration import SPREAD, anchors
-from clip_ray.sizing.gpus import GB, GPUS, Gpu, Machine, parse_gpus
+from clip_ray.sizing.gpus import GB, GPUS, Cluster, Gpu, Machine, parse_gpus
 from clip_ray.sizing.plan import Assumptions, Plan, plan
 
 PAPER = {"global_batch": 32768, "precision": "bf16", "device": "cuda"}
 """Settings below a recipe's and flags: Radford et al. 2021, table 18; bf16 is ours."""
 
 
+def _flag(kind: type, help_text: str, default: Any = None) -> Any:
+    return field(default=default, metadata={"type": kind, "help": help_text})
+
+
 @dataclass(frozen=True)
 class Question:
-    """What a plan is asked for, in the units of the flags; None: the usual.
+    """What a plan is asked for: the flags of `jobs/plan.py`, each with its type and its help."""
 
-    Attributes:
-        gpus: number and type, as in 64xH100.
-        model: name of the architecture.
-        samples: length.
-        utilization: as in `Assumptions`.
-        decode_ms: likewise.
-        storage_mb_s: 10^6 bytes/s that one writer's checkpoint takes.
-        price_per_gpu_hour: price of one GPU.
-        price_per_node_hour: price of a whole machine.
-        gpus_per_node: of the machine.
-        cpus_per_node: likewise.
-        memory_per_node: likewise, 10^9 bytes.
-        network_gbit: likewise, 10^9 bits/s.
-    """
-
-    gpus: str
-    model: str | None = None
-    samples: float | None = None
-    utilization: float | None = None
-    decode_ms: float = Assumptions.decode_ms
-    storage_mb_s: float = Assumptions.storage_rate / 1e6
-    price_per_gpu_hour: float | None = None
-    price_per_node_hour: float | None = None
-    gpus_per_node: int | None = None
-    cpus_per_node: int | None = None
-    memory_per_node: float | None = None
-    network_gbit: float | None = None
+    gpus: str | None = _flag(str, "COUNTxTYPE, such as 64xH100; --types lists the types")
+    model: str | None = _flag(str, "architecture; default: the recipe's, else ViT-B-32")
+    samples: float | None = _flag(float, "length in samples, 12.8e9; default: the recipe's")
+    utilization: float | None = _flag(
+        float,
+        "share of the GPU's peak that all executed operations reach, recomputed ones too, such as "
+        "0.35; default: by published runs (--anchors)",
+    )
+    decode_ms: float = _flag(
+        float,
+        "milliseconds of a CPU to read, decode and crop an image; default: 1.2, measured for JPEG "
+        "of 256 pixels (512 to 1,024 pixels: 3)",
+        Assumptions.decode_ms,
+    )
+    storage_mb_s: float = _flag(
+        float,
+        "MB/s at which one writer's checkpoint is stored; default: 200, an assumption",
+        Assumptions.storage_rate / 1e6,
+    )
+    price_per_gpu_hour: float | None = _flag(float, "in any currency; default: no cost is said")
+    price_per_node_hour: float | None = _flag(float, "in its place, of a whole machine")
+    gpus_per_node: int | None = _flag(int, "GPUs of a machine; default: of the type's usual one")
+    cpus_per_node: int | None = _flag(int, "its virtual CPUs; default likewise")
+    memory_per_node: float | None = _flag(float, "its main memory, GB; default likewise")
+    network_gbit: float | None = _flag(
+        float, "its network, Gbit/s; default likewise (EFA's where it has that; TCP is slower)"
+    )
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,8 @@ def answer(question: Question, settings: Sequence[str]) -> Answer:
         ConfigError: a flag or setting that cannot be used.
     """
     _check(question)
+    if question.gpus is None:
+        raise ConfigError("which GPUs? give --gpus, such as 64xH100; --types lists the types")
     count, gpu = parse_gpus(question.gpus)
     flags = list(settings)
     if question.model is not None:
@@ -117,12 +123,13 @@ def answer(question: Question, settings: Sequence[str]) -> Answer:
         storage_rate=question.storage_mb_s * 1e6,
         price_per_gpu_hour=price,
     )
-    made = plan(config, count, gpu, machine, assumptions)
-    wrong = warnings(made, config, gpu, machine)
+    cluster = Cluster(count, gpu, machine)
+    made = plan(config, cluster, assumptions)
+    wrong = warnings(made, config, cluster)
     command = _command(made, config, flags, {} if has_recipe else PAPER)
     text = "\n".join(
         [
-            _table(made, config, gpu, machine, assumptions),
+            _table(made, config, cluster, assumptions),
             *(f"WARNING {line}" for line in wrong),
             "to run it:",
             command,
@@ -164,70 +171,91 @@ def _command(made: Plan, config: Config, flags: list[str], defaults: dict[str, A
         if f"--train.{key}" not in named:
             flags = [*flags, f"--train.{key}", str(value)]
     flags = [*flags, "--cluster.num_workers", str(made.gpus)]
-    if made.micro_batches > 1 and config.train.micro_batch is None:
-        flags += ["--train.micro_batch", str(made.micro_batch)]
+    if made.batch.micro_batches > 1 and config.train.micro_batch is None:
+        flags += ["--train.micro_batch", str(made.batch.micro_batch)]
     if not config.data.sources:
         flags += ["--data.sources", "s3://BUCKET/SHARDS"]
-    run = " ".join(["python jobs/pretrain.py", *map(shlex.quote, flags)])
-    return f"  ray job submit --address http://HEAD:8265 --working-dir . -- \\\n    {run}"
+    lines = ["  ray job submit --address http://HEAD:8265 --working-dir . --"]
+    line = "python jobs/pretrain.py"
+    for flag in flags:
+        # A flag's value stays on its line.
+        if flag.startswith("--") and len(line) > 70:
+            lines.append(f"    {line}")
+            line = ""
+        line = f"{line} {shlex.quote(flag)}".strip()
+    return " \\\n".join([*lines, f"    {line}"])
 
 
-def _table(made: Plan, config: Config, gpu: Gpu, machine: Machine, assumptions: Assumptions) -> str:
-    memory, network = made.memory, made.network
+def _table(made: Plan, config: Config, cluster: Cluster, assumptions: Assumptions) -> str:
+    gpu, machine, batch, speed = cluster.gpu, cluster.machine, made.batch, made.speed
+    memory, network, commits, node = made.memory, made.network, made.commits, made.node
     peak = gpu.peak(config.train.precision) / 1e12
-    low, high = _band(made, assumptions)
-    source = "as given" if assumptions.utilization else "by the published runs"
-    cost = "" if made.cost is None else f", {_price(made.cost, low, high)}"
-    again = ", each computed twice (GradCache)" if made.micro_batches > 1 else ""
+    in_bf16 = config.train.precision == "bf16" and gpu.bf16 is not None
+    source = "by published runs (--anchors)" if in_bf16 else "assumed: no run in fp32 is published"
+    source = "as given" if assumptions.utilization else source
     recomputed = "; blocks computed again" if config.train.grad_checkpointing else ""
+    once = "1 micro-batch" if batch.micro_batches == 1 else f"{batch.micro_batches} micro-batches"
+    twice = ", features computed twice (GradCache)" if batch.micro_batches > 1 else ""
+    every = config.checkpoint.every_steps
     lines = [
         ("model", f"{made.model}: {made.parameters / 1e6:,.1f} M parameters, "
                   f"{made.forward_flops / 1e9:,.1f} GFLOP a pair forward, {config.train.precision}"
                   f"{recomputed}"),
         ("cluster", f"{made.gpus} x {gpu.name} ({gpu.memory / GB:g} GB, {peak:g} TFLOP/s) in "
-                    f"{made.nodes} x {machine.name} ({machine.gpus} GPUs, {machine.cpus} CPUs, "
-                    f"{machine.memory / GB:,.0f} GB, {machine.network_gbit:g} Gbit/s)"),
-        ("batch", f"{made.global_batch:,} = {made.rows:,} a GPU: {made.micro_batches} "
-                  f"micro-batch{'es' if made.micro_batches > 1 else ''} of {made.micro_batch:,}"
-                  f"{again}"),
+                    f"{made.nodes} x {machine.name}"),
+        ("", f"({machine.gpus} GPUs, {machine.cpus} CPUs, {machine.memory / GB:,.0f} GB, "
+             f"{machine.network_gbit:g} Gbit/s)"),
+        ("batch", f"{made.global_batch:,} = {batch.rows:,} a GPU: {once} of "
+                  f"{batch.micro_batch:,}{twice}"),
         ("memory", f"{memory.needed / GB:.1f} of {memory.available / GB:g} GB a GPU: weights "
                    f"{_gb(memory.weights)}, gradients {_gb(memory.gradients)}, AdamW "
-                   f"{_gb(memory.moments)}, activations {_gb(memory.activations)}, samples "
-                   f"{_gb(memory.samples)}, loss {_gb(memory.loss)}, reserve "
-                   f"{_gb(memory.reserve)}"),
-        ("step", f"{made.step_s:.2f} s: GPU {made.device_s:.2f}, decoding {made.decode_s:.2f} "
-                 f"beside it, network {network.exposed_s:.2f} after it; "
-                 f"{made.samples_per_s:,.0f} samples/s, {made.samples_per_s / made.gpus:,.0f} a "
-                 "GPU"),
-        ("speed", f"{made.utilization:.1%} of the peak, {source}; MFU {made.mfu:.1%} (without "
-                  "what is computed again)"),
-        ("decoding", f"{made.decode_cpus:,.0f} CPUs at {assumptions.decode_ms:g} ms an image; "
-                     f"{made.data_cpus:,.0f} are there"),
+                   f"{_gb(memory.moments)}, activations {_gb(memory.activations)},"),
+        ("", f"samples {_gb(memory.samples)}, loss {_gb(memory.loss)}, reserve "
+             f"{_gb(memory.reserve)}"),
+        ("step", f"{speed.step_s:.2f} s: GPU {speed.device_s:.2f}, network "
+                 f"{network.exposed_s:.2f} not hidden, decoding {speed.decode_s:.2f} beside them"),
+        ("speed", f"{speed.samples_per_s:,.0f} samples/s, "
+                  f"{speed.samples_per_s / made.gpus:,.0f} a GPU: {speed.utilization:.1%} of the "
+                  f"peak, {source}; MFU {speed.mfu:.1%}"),
+        ("decoding", f"{speed.decode_cpus:,.0f} CPUs at {assumptions.decode_ms:g} ms an image; "
+                     f"{speed.data_cpus:,.0f} are there"),
         ("network", f"a GPU sends in a step: gather {_mb(network.gather)}, statistics "
-                    f"{_mb(network.statistics)}, reduce-scatter {_mb(network.scatter)}, gradient "
-                    f"all-reduce {_mb(network.gradients)}; gets pixels {_mb(network.pixels)}"),
-        ("nodes", f"object store {_gb(made.object_store)} of {_gb(made.object_store_there)} GB, "
-                  f"main memory {_gb(made.host)} of {_gb(made.host_there)} GB"),
-        ("commits", f"{made.checkpoint / GB:.2f} GB each, {made.snapshot_s:.1f} s of stall, "
-                    f"{made.write_s:.0f} s to write at {assumptions.storage_rate / 1e6:g} MB/s; "
-                    f"every {config.checkpoint.every_steps} steps = "
-                    f"{config.checkpoint.every_steps * made.step_s / 60:.0f} min; "
-                    f"{made.storage / GB:,.0f} GB kept"),
+                    f"{_mb(network.statistics)}, reduce-scatter {_mb(network.scatter)},"),
+        ("", f"gradient all-reduce {_mb(network.gradients)}; gets pixels "
+             f"{_mb(network.pixels)}"),
+        ("nodes", f"object store {_gb(node.object_store)} of {_gb(node.object_store_there)} GB, "
+                  f"main memory {_gb(node.needed)} of {_gb(node.available)} GB"),
+        ("commits", f"{commits.size / GB:.2f} GB, {commits.snapshot_s:.1f} s of stall, "
+                    f"{commits.write_s:.0f} s to write, every {every} steps = "
+                    f"{every * speed.step_s / 60:.0f} min; {commits.kept / GB:,.0f} GB kept"),
         ("length", f"{made.steps:,} steps = {made.steps * made.global_batch:,} samples"),
-        ("time", f"{_days(made.hours)} ({_days(made.hours * low)} to {_days(made.hours * high)})"
-                 f"; {made.hours * made.gpus:,.0f} GPU-hours{cost}"),
+        ("time", _time_and_cost(made, assumptions)),
     ]  # fmt: skip
     return "\n".join(f"  {name:<8} {text}" for name, text in lines)
 
 
+def _time_and_cost(made: Plan, assumptions: Assumptions) -> str:
+    low, high = _band(made, assumptions)
+    unit, name = (24, "days") if made.hours >= 48 else (1, "hours")
+    given = low == high == 1.0
+    band = "" if given else f" ({made.hours * low / unit:.1f} to {made.hours * high / unit:.1f})"
+    text = f"{made.hours / unit:.1f} {name}{band}; {made.hours * made.gpus:,.0f} GPU-hours"
+    if made.cost is None:
+        return text
+    band = "" if given else f" ({made.cost * low:,.0f} to {made.cost * high:,.0f})"
+    return f"{text}; cost {made.cost:,.0f}{band}"
+
+
 def _band(made: Plan, assumptions: Assumptions) -> tuple[float, float]:
-    """Return the factors of the time between which the published runs lie."""
+    """Return the factors of the time between which it lies if the rule errs as it has erred."""
     if assumptions.utilization is not None:
         return 1.0, 1.0
-    device = made.device_s / SPREAD + made.network.exposed_s
-    low = max(device, made.decode_s) / made.step_s
-    device = made.device_s * SPREAD + made.network.exposed_s
-    return low, max(device, made.decode_s) / made.step_s
+
+    def factor(of_device: float) -> float:
+        gpu_s = made.speed.device_s * of_device + made.network.exposed_s
+        return max(gpu_s, made.speed.decode_s) / made.speed.step_s
+
+    return factor(1 / SPREAD), factor(SPREAD)
 
 
 def _gb(count: float) -> str:
@@ -238,14 +266,6 @@ def _gb(count: float) -> str:
 def _mb(count: float) -> str:
     value = count / 1e6
     return f"{value:,.0f} MB" if value >= 10 else f"{value:.1f} MB"
-
-
-def _days(hours: float) -> str:
-    return f"{hours / 24:.1f} days" if hours >= 48 else f"{hours:.1f} h"
-
-
-def _price(cost: float, low: float, high: float) -> str:
-    return f"cost {cost:,.0f} ({cost * low:,.0f} to {cost * high:,.0f})"
 
 
 def anchor_table() -> str:
