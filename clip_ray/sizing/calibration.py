@@ -149,7 +149,7 @@ MODELS = {
 def _resnet_pair() -> Pair:
     """Return RN50x64 with its text tower; the blocks' sizes are not a transformer's."""
     parameters, flops = ResNet((3, 15, 36, 10), 128, 448, 1024).parameters_and_flops()
-    image = Tower(parameters, 0, 0, flops, 0, 0, 0, 0, 0, 0, 0, 0)
+    image = Tower(parameters, 0, 0, flops, 0, 0, 0, 0, 0, 0, 0, 0, 0)
     text = count(_clip(1024, {}, {"width": 1024, "layers": 12, "heads": 16})).text
     return Pair(image, text, 1, quick_gelu=True)
 

@@ -36,6 +36,8 @@ class Tower:
         heads: attention heads.
         hidden: channels inside the MLP.
         input_values: numbers that the stem keeps for its backward.
+        dropout_bytes: kept for the backward of patch dropout: all patches in float32, and the index
+            of each number that stays.
         extra_streams: residual streams kept beside the blocks': the first norm's input, and the
             last stream, which is kept whole though one position of it is read.
     """
@@ -51,6 +53,7 @@ class Tower:
     heads: int
     hidden: int
     input_values: int
+    dropout_bytes: int
     extra_streams: int
 
     @property
@@ -93,7 +96,7 @@ class Tower:
         # With checkpointing each block's input is kept, and one block is computed anew at a time.
         blocks = self.layers * stream + block if grad_checkpointing else self.layers * block
         ends = self.input_values * (2 if precision == "bf16" else 4)
-        return blocks + ends + self.extra_streams * stream
+        return blocks + ends + self.dropout_bytes + self.extra_streams * stream
 
 
 def image_tower(config: VisionConfig, embed_dim: int, patch_dropout: float = 0.0) -> Tower:
@@ -116,6 +119,7 @@ def image_tower(config: VisionConfig, embed_dim: int, patch_dropout: float = 0.0
         heads=config.heads,
         hidden=int(config.width * config.mlp_ratio),
         input_values=3 * config.image_size**2,
+        dropout_bytes=(4 * patches + 8 * kept) * config.width if patch_dropout else 0,
         extra_streams=2,
     )
 
@@ -136,6 +140,7 @@ def text_tower(config: TextConfig, embed_dim: int) -> Tower:
         heads=config.heads,
         hidden=int(config.width * config.mlp_ratio),
         input_values=0,
+        dropout_bytes=0,
         extra_streams=0,
     )
 

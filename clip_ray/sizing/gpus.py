@@ -1,7 +1,8 @@
 """GPU types, and the machine that each usually comes in.
 
-Peaks are of dense matrix products: data sheets print twice that, "with sparsity". Memory is in
-units of 10^9 bytes as sold; what a process sees differs by some percent either way.
+Peaks are of dense matrix products: data sheets print twice that, "with sparsity". Memory is as
+sold, in units of 10^9 bytes: A100, H100 and V100 show up to 7 % more (2^30), L4, A10G and L40S some
+percent less, which the reserve of a plan covers.
 """
 
 from __future__ import annotations
