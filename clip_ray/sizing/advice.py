@@ -97,7 +97,7 @@ def _of_data(plan: Plan, cluster: Cluster) -> Iterator[str]:
     if plan.speed.decode_cpus > plan.speed.data_cpus:
         short = plan.speed.decode_cpus - plan.speed.data_cpus
         nodes = math.ceil(short / DECODE_NODE_CPUS)
-        slower = plan.speed.decode_cpus / max(plan.speed.data_cpus, 1e-9)
+        slower = plan.speed.decode_cpus / plan.speed.data_cpus
         yield (
             f"decode-bound: the GPUs would take {plan.speed.decode_cpus:.0f} CPUs' images, "
             f"{plan.speed.data_cpus:.0f} are there, so steps take {slower:.1f} times as long; add "

@@ -245,7 +245,8 @@ def _data_cpus(config: Config, cluster: Cluster) -> float:
     """Return the CPUs that read and decode: given, or what the workers leave of the machines."""
     left = cluster.nodes * cluster.machine.cpus
     left -= math.ceil(cluster.gpus * (config.cluster.cpus_per_worker or 1))
-    return config.cluster.data_cpus or max(left, 0)
+    # A worker on a small machine takes less than a CPU: one is always left to the data.
+    return config.cluster.data_cpus or max(left, 1)
 
 
 def _device(
@@ -278,7 +279,7 @@ def _speed(
     G = config.train.global_batch
     decode_cpu_s = G * assumptions.decode_ms / 1000
     gpu_s = device_s + network.exposed_s
-    decode_s = decode_cpu_s / max(data_cpus, 1e-9)
+    decode_s = decode_cpu_s / data_cpus
     step_s = max(gpu_s, decode_s)
     peak = cluster.gpu.peak(config.train.precision)
     return Speed(

@@ -42,14 +42,14 @@ def test_transformers_of_the_published_table(name: str) -> None:
         pair.image.forward_flops / 1e9,
         pair.text.forward_flops / 1e9,
     )
-    assert found == pytest.approx(PUBLISHED[name], abs=0.006)  # the table has two digits
+    assert found == pytest.approx(PUBLISHED[name], abs=0.00501)  # the table has two digits
 
 
 @pytest.mark.parametrize("name", RESNETS)
 def test_resnets_of_the_published_table(name: str) -> None:
     resnet, parameters, gflops = RESNETS[name]
     found = resnet.parameters_and_flops()
-    assert (found[0] / 1e6, found[1] / 1e9) == pytest.approx((parameters, gflops), abs=0.006)
+    assert (found[0] / 1e6, found[1] / 1e9) == pytest.approx((parameters, gflops), abs=0.00501)
 
 
 @pytest.mark.parametrize("name", zoo.ARCHITECTURES)
@@ -134,8 +134,8 @@ def test_saved_activations_are_those_that_autograd_keeps(
     # The difference of two batches: what does not grow with it (copies of weights) is not meant.
     few, many = (saved(config, n, bf16, checkpointing, drop) for n in (2, 6))
     measured = (many - few) / 4
-    # Left out are token ids, indices and the heads: 4 KB of a sample here.
-    assert counted(config, precision, checkpointing, drop) == pytest.approx(measured, abs=9000)
+    # Left out are token ids, indices and the heads.
+    assert counted(config, precision, checkpointing, drop) == pytest.approx(measured, abs=4000)
     assert measured > 200_000
     other = ModelConfig(name="ViT-tiny-8-64", quick_gelu=not quick_gelu)
     if not checkpointing:

@@ -190,5 +190,11 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
         report.write(str(tmp_path / "none" / "plan.json"), asked(samples=1e9))
 
 
+def test_the_readme_shows_what_is_printed() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert "jobs/plan.py --model ViT-L-14 --gpus 64xH100 --samples 12.8e9\n" in readme
+    assert asked(model="ViT-L-14", samples=12.8e9).text in readme
+
+
 def test_the_job_is_thin() -> None:
     assert len((ROOT / "jobs/plan.py").read_text().splitlines()) < 60

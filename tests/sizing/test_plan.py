@@ -174,6 +174,11 @@ def test_the_slower_of_gpus_and_decoding_sets_the_step() -> None:
     assert planned("64xH100").speed.step_s < made.speed.step_s / 2
 
 
+def test_one_cpu_at_least_decodes() -> None:
+    cluster = cluster_of("8xH100", cpus=8)  # as many as workers
+    assert plan(config_of(), cluster, Assumptions()).speed.data_cpus == 1
+
+
 def test_an_image_costs_a_cpu_about_what_is_assumed() -> None:
     """Measured here, in CPU time: decode and crop, the largest parts (a factor of 4 of room)."""
     from time import process_time
