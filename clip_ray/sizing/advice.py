@@ -145,9 +145,10 @@ def _of_checkpoints(plan: Plan, config: Config) -> Iterator[str]:
             f"a checkpoint takes {plan.commits.write_s:.0f} s to write and the next is due after "
             f"{between:.0f} s: --checkpoint.every_steps of at least {steps}, or faster storage"
         )
-    if between > LOST_H * 3600 and plan.steps > every:
+    lost = min(between, plan.steps * plan.speed.step_s)
+    if lost > LOST_H * 3600:
         yield (
-            f"a crash costs up to {between / 3600:.1f} h of work: --checkpoint.every_steps "
+            f"a crash costs up to {lost / 3600:.1f} h of work: --checkpoint.every_steps "
             f"{_rounded(LOST_H * 3600 / plan.speed.step_s)} makes it about an hour"
         )
 

@@ -54,7 +54,7 @@ class Network:
         statistics: all-reduces of one number a sample (softmax: maxima and sums; sigmoid: none).
         scatter: reduce-scatter of the text's gradient.
         gradients: all-reduce of the towers' gradient, float32.
-        pixels: decoded samples that come to one GPU, most of them from other machines.
+        pixels: decoded samples that come to one GPU, from its own machine or from others.
         loss_s: seconds of the loss's collectives, which nothing hides.
         gradients_s: seconds of the gradients' all-reduce, hidden behind the last backward pass as
             far as that lasts.

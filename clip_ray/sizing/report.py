@@ -217,7 +217,7 @@ def _table(made: Plan, config: Config, cluster: Cluster, assumptions: Assumption
         ("speed", f"{speed.samples_per_s:,.0f} samples/s, "
                   f"{speed.samples_per_s / made.gpus:,.0f} a GPU: {speed.utilization:.1%} of the "
                   f"peak, {source}; MFU {speed.mfu:.1%}"),
-        ("decoding", f"{speed.decode_cpus:,.0f} CPUs at {assumptions.decode_ms:g} ms an image; "
+        ("decoding", f"{_cpus(speed.decode_cpus)} CPUs at {assumptions.decode_ms:g} ms an image; "
                      f"{speed.data_cpus:,.0f} are there"),
         ("network", f"a GPU sends in a step: gather {_mb(network.gather)}, statistics "
                     f"{_mb(network.statistics)}, reduce-scatter {_mb(network.scatter)},"),
@@ -256,6 +256,10 @@ def _band(made: Plan, assumptions: Assumptions) -> tuple[float, float]:
         return max(gpu_s, made.speed.decode_s) / made.speed.step_s
 
     return factor(1 / SPREAD), factor(SPREAD)
+
+
+def _cpus(count: float) -> str:
+    return f"{count:.1f}" if count < 10 else f"{count:,.0f}"
 
 
 def _gb(count: float) -> str:

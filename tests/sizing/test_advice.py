@@ -152,6 +152,9 @@ def test_commits_that_overlap_and_those_too_rare() -> None:
     steps = int(line.split("every_steps ")[1].split()[0])
     assert not warned(sections={"checkpoint": {"every_steps": steps - 100}})
     assert not warned(sections={"checkpoint": {"every_steps": 1000}})
+    short = seldom | {"train": {"steps": 4000}}  # it ends before the first commit is due
+    assert only(warned(sections=short), "a crash costs up to 3.1 h")
+    assert not warned(sections=seldom | {"train": {"steps": 1000}})
 
 
 @pytest.mark.parametrize("gpus", ["1xT4", "3xL4", "1000xB200"])
