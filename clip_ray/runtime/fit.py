@@ -92,9 +92,9 @@ def fit_run(
                 return Result(Outcome("stopped", Progress(0, run.plan.digest)))
     finally:
         stop.deferred = False
-        recorder.training_ended.remote()
         inbox.close()
         line.close()
+        recorder.training_ended.remote()
 
 
 class _StoppedError(Exception):

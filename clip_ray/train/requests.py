@@ -272,7 +272,9 @@ def _read(folder: Store, name: str) -> Request | None:
         request = Request(**json.loads(folder.read(name)))
     except (FileNotFoundError, ValueError, TypeError):
         return None
-    return request if request.wish in ("stop", "commit") else None
+    # Its answer's name is made of the id: another one could point anywhere.
+    sound = request.wish in ("stop", "commit") and name == f"{request.id}.json"
+    return request if sound else None
 
 
 def _read_answer(folder: Store, id_: str) -> Answer | None:

@@ -152,6 +152,18 @@ def test_what_an_earlier_job_was_asked_is_cleared_not_obeyed(run: Store) -> None
         inbox.close()
 
 
+@pytest.mark.parametrize("change", [{"id": "../../x"}, {"wish": "end"}, {"more": 1}])
+def test_what_is_no_request_is_cleared(run: Store, inbox: Inbox, change: dict[str, Any]) -> None:
+    holder = live_holder(run)
+    assert holder is not None
+    fields = {"id": "b", "wish": "stop", "by": "eve", "lease": holder.token}
+    run.write("requests/b.json", json.dumps(fields | change).encode())
+    eventually(lambda: not run.exists("requests/b.json"))
+    post(run, "commit", name="c")
+    assert [request.id for request in take(inbox)] == ["c"]  # the first one was not taken
+    assert not Path(run.uri, "../x.answer.json").exists()
+
+
 def test_what_comes_after_the_training_is_refused(run: Store) -> None:
     with held_lease(run):
         inbox = Inbox(run, period_s=3600)
