@@ -140,6 +140,12 @@ class ClusterConfig(Section):
     max_fruitless_attempts: PositiveInt = Field(
         3, description="attempts without a new commit after which the run stops"
     )
+    price_per_hour: float | None = Field(
+        None,
+        gt=0,
+        description="price of an hour of all that the run uses, in your currency; none = the run "
+        "does not say what it costs",
+    )
 
     @field_validator("num_workers", mode="wrap")
     @classmethod
