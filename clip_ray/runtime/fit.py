@@ -67,12 +67,12 @@ def fit_run(
     line = ProgressLine(run, start_step, sys.stderr)
     inbox = Inbox(run.store)
     watch = _Watch(run, recorder, tracker, line, inbox)
-    fruitless = 0
+    driver, fruitless = uuid.uuid4().hex, 0
     stop.deferred = True
     try:
         while True:
             commit = _newest_commit(run)
-            ended = _Group(run, share, recorder, watch, stop).follow()
+            ended = _Group(run, share, recorder, driver, watch, stop).follow()
             if isinstance(ended, Result):
                 if ended.outcome is None or ended.outcome.reason != "yielded":
                     return ended
@@ -136,7 +136,9 @@ def _next_share(run: Run, share: Share, watch: _Watch, stop: Signals) -> Share:
 class _Group:
     """One group of workers: Ray Train's `fit()` on a thread, and all that is watched meanwhile."""
 
-    def __init__(self, run: Run, share: Share, recorder: Any, watch: _Watch, stop: Signals) -> None:
+    def __init__(
+        self, run: Run, share: Share, recorder: Any, driver: str, watch: _Watch, stop: Signals
+    ) -> None:
         self._run, self._share, self._recorder = run, share, recorder
         self._watch, self._stop = watch, stop
         config = run.config
@@ -152,6 +154,7 @@ class _Group:
             recorder=recorder,
             share=share,
             tokenizer=run.tokenizer.to_bytes(),
+            driver=driver,
             group=self._name,
         )
         self._health = Health(config.cluster.hang_timeout_s, config.cluster.collective_timeout_s)

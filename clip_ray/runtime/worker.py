@@ -61,7 +61,8 @@ class Job:
         recorder: the recorder actor.
         share: CPUs and GPUs.
         tokenizer: serialised, saved with each commit.
-        group: unique to the group of workers; enters its attempts' records.
+        driver: unique to the job; enters the attempts' records.
+        group: unique to the group of workers.
     """
 
     config: Config
@@ -74,6 +75,7 @@ class Job:
     recorder: Any
     share: Share
     tokenizer: bytes
+    driver: str
     group: str
 
 
@@ -166,7 +168,7 @@ def _decide(
 ) -> _Start:
     run = open_store(job.run_uri, job.config.run.s3)
     checkpoints = Checkpoints(run)
-    number = checkpoints.begin_attempt({"group": job.group})
+    number = checkpoints.begin_attempt({"driver": job.driver})
     events: list[Row] = []
 
     def rejected(commit: Commit, why: str) -> None:
