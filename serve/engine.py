@@ -146,6 +146,7 @@ class Engine:
 
     def _failed(self, error: BaseException) -> None:
         self._error = f"{type(error).__name__}: {error}"[:2000]
+        self.metrics.target(failed=True)
         log.error("target %s is not served: %s", self._wanted[:12], self._error)
 
     async def _switch(self, target: Target) -> None:
@@ -164,6 +165,7 @@ class Engine:
                 log.error("not all stored classifiers are ready after %g s", PREPARE_S)
         self._current, self._previous = current, await self._find_previous(target)
         self._error = None
+        self.metrics.target(failed=False)
         log.info("serving %s, digest %s", current.id, current.served.digest)
         # What was not ready in time, and what another replica has stored since the last look.
         if self._preparing is not None:

@@ -56,6 +56,10 @@ class Metrics:
         """Record the time of a stage: decode (of a request's images), model (of a pass)."""
         self.counts["stage", stage] += 1
 
+    def target(self, failed: bool) -> None:
+        """Note whether the replica could not load what it is to serve."""
+        self.counts["target", "failed" if failed else "taken"] += 1
+
 
 class RayMetrics(Metrics):
     """Metrics that Ray's agent exports under `ray_clip_...` with the deployment's tags."""
@@ -82,6 +86,9 @@ class RayMetrics(Metrics):
         self._stages = metrics.Histogram(
             "clip_stage_ms", "time of a stage", LATENCY_BOUNDS_MS, tag_keys=("stage",)
         )
+        self._target_failed = metrics.Gauge(
+            "clip_target_failed", "1 where the replica could not load its target", tag_keys=_keys()
+        )
 
     def request(self, route: str, status: int, ms: float) -> None:  # noqa: D102 - see Metrics
         super().request(route, status, ms)
@@ -103,6 +110,10 @@ class RayMetrics(Metrics):
     def stage(self, stage: str, ms: float) -> None:  # noqa: D102
         super().stage(stage, ms)
         self._stages.observe(ms, {"stage": stage})
+
+    def target(self, failed: bool) -> None:  # noqa: D102
+        super().target(failed)
+        self._target_failed.set(int(failed))
 
 
 def _keys(*names: str) -> Any:

@@ -204,20 +204,14 @@ def register(
     where = require_tracking_uri(tracking_uri)
     # By digest: a run that is extended exports again, and must not change the earlier version.
     folder = f"export-{digest[:12]}"
-    with _explained(where), contextlib.ExitStack() as stack:
+    with _explained(where):
         client = mlflow_client(where)
         if _found(lambda: client.get_registered_model(name)) is None:
             _create_once(lambda: client.create_registered_model(name))
         for version in _versions(client, name):
             if version.tags.get("digest") == digest:
                 return str(version.version)
-        if isinstance(export, LocalStore):
-            local = export.root
-        else:
-            local = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            for file in FILES:
-                export.download(file, local / file)
-        client.log_artifacts(run_id, str(local), folder)
+        upload(client, export, run_id, folder)
         client.set_tag(run_id, "clip_ray.export", folder)
         client.set_tag(run_id, "clip_ray.digest", digest)
         source = f"{client.get_run(run_id).info.artifact_uri}/{folder}"
@@ -234,6 +228,18 @@ def register(
             },
         )
     return str(created.version)
+
+
+def upload(client: Any, export: Store, run_id: str, folder: str) -> None:
+    """Log an export's files to a run's artefacts, in a folder."""
+    with contextlib.ExitStack() as stack:
+        if isinstance(export, LocalStore):
+            local = export.root
+        else:
+            local = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            for file in FILES:
+                export.download(file, local / file)
+        client.log_artifacts(run_id, str(local), folder)
 
 
 @dataclass(frozen=True)

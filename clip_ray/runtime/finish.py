@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,9 @@ from clip_ray.registry import load_export, write_export
 from clip_ray.runtime.cluster import Share
 from clip_ray.storage import open_store
 from clip_ray.train.checkpoint import Checkpoints
+from clip_ray.train.cost import held_s
 from clip_ray.train.journal import Row, lineage, read_journal
+from clip_ray.train.recovery import recoveries
 from clip_ray.train.rundir import Run
 from clip_ray.train.state import Progress, restore_weights
 
@@ -125,6 +128,8 @@ def summarize(
     useful = sum(row["step_s"] for row in line)
     # The first step of each attempt waits for Ray Data to start: it is in ettr, not in the speed.
     median_step = statistics.median(row["step_s"] for row in line) if line else 0.0
+    hours = (held_s(run.store, [*rows, *events], begun) + time.time() - begun) / 3600
+    price = config.cluster.price_per_hour
     progress = Progress.from_bytes(run.store.read(f"checkpoints/{commit.name}/state.json"))
     summary: Row = {
         "status": "finished",
@@ -137,7 +142,10 @@ def summarize(
         "samples_per_s": config.train.global_batch / median_step if line else 0.0,
         "seconds": ended - started,
         "ettr": min(1.0, useful / max(ended - started, 1e-9)),
+        "cluster_hours": hours,
+        "cost": None if price is None else price * hours,
         "attempts": sum(e["event"] == "attempt" for e in events),
+        "recoveries": recoveries(rows, events),
         "recomputed_steps": len(rows) - len(line),
         "bad_samples": progress.bad,
         "truncated_captions": progress.truncated,

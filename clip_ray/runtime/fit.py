@@ -30,7 +30,7 @@ from clip_ray.runtime.cluster import (
     worker_bundles,
 )
 from clip_ray.runtime.progress import ProgressLine
-from clip_ray.runtime.pulse import Hang, Health, Pulse, end_process
+from clip_ray.runtime.pulse import STRAGGLES, Hang, Health, Pulse, Stragglers, end_process
 from clip_ray.runtime.recorder import send_event
 from clip_ray.runtime.room import Room
 from clip_ray.runtime.worker import Job, Result, run_worker
@@ -38,6 +38,7 @@ from clip_ray.tracking import Tracker
 from clip_ray.train.checkpoint import Checkpoints
 from clip_ray.train.hooks import Outcome
 from clip_ray.train.journal import Row, read_journal
+from clip_ray.train.requests import Inbox
 from clip_ray.train.rundir import Run
 from clip_ray.train.state import Progress
 
@@ -64,7 +65,8 @@ def fit_run(
         ClusterError: a lost worker was not replaced in time.
     """
     line = ProgressLine(run, start_step, sys.stderr)
-    watch = _Watch(run, recorder, tracker, line)
+    inbox = Inbox(run.store)
+    watch = _Watch(run, recorder, tracker, line, inbox)
     driver, fruitless = uuid.uuid4().hex, 0
     stop.deferred = True
     try:
@@ -78,23 +80,32 @@ def fit_run(
                 fruitless += 1
                 if fruitless >= run.config.cluster.max_fruitless_attempts:
                     raise TrainingError(
-                        f"{fruitless} groups of workers in a row ended without a new commit; the "
-                        f"last: {type(ended).__name__}: {ended} (all in "
-                        f"{run.store.uri}/events.jsonl)"
+                        f"{fruitless} attempts in a row ended without a new commit; the last: "
+                        f"{_cause(run, ended)} (all in {run.store.uri}/events.jsonl)"
                     ) from ended
             else:
                 fruitless = 0
             try:
-                share = _next_share(run, share, line, stop)
+                share = _next_share(run, share, watch, stop)
             except _StoppedError:
                 return Result(Outcome("stopped", Progress(0, run.plan.digest)))
     finally:
         stop.deferred = False
+        inbox.close()
         line.close()
+        recorder.training_ended.remote()
 
 
 class _StoppedError(Exception):
-    """A signal came while there was no group of workers."""
+    """The run was asked to end while there was no group of workers."""
+
+
+def _cause(run: Run, ended: BaseException) -> str:
+    """Say why a group ended: what its workers raised, else what Ray Train says."""
+    failed = [e for e in read_journal(run.store, "events") if e["event"] == "attempt_failed"]
+    causes = failed[-1]["causes"] if failed else {}
+    said = "; ".join(f"rank {rank}: {cause}" for rank, cause in causes.items())
+    return said or f"{type(ended).__name__}: {str(ended).strip().splitlines()[-1]}"
 
 
 def _newest_commit(run: Run) -> str:
@@ -102,23 +113,23 @@ def _newest_commit(run: Run) -> str:
     return commits[-1].name if commits else ""
 
 
-def _next_share(run: Run, share: Share, line: ProgressLine, stop: Signals) -> Share:
+def _next_share(run: Run, share: Share, watch: _Watch, stop: Signals) -> Share:
     """Wait, bounded, until the cluster has room for the next group of workers."""
     cluster = run.config.cluster
 
     def check() -> None:
         stop.check(run.store.uri)
-        if stop.received:
+        if stop.received or watch.asked_to_end():
             raise _StoppedError
 
     check()
     if is_local(cluster):
         return share
     gpu = bool(share.worker_gpus)
-    found = wait_for_share(cluster, gpu, cluster.rejoin_timeout_s, line.note, check)
+    found = wait_for_share(cluster, gpu, cluster.rejoin_timeout_s, watch.note, check)
     found = deal_streams(found, cluster, usable_nodes())
     if found.num_workers != share.num_workers:
-        line.note(f"{found.num_workers} workers in the place of {share.num_workers}")
+        watch.note(f"{found.num_workers} workers in the place of {share.num_workers}")
     return found
 
 
@@ -148,6 +159,7 @@ class _Group:
         )
         self._health = Health(config.cluster.hang_timeout_s, config.cluster.collective_timeout_s)
         self._room = Room(config.cluster, share)
+        self._stragglers = Stragglers()
         self._asked = self._hung = False
 
     def follow(self) -> Result | BaseException:
@@ -170,17 +182,18 @@ class _Group:
             while thread.is_alive():
                 thread.join(timeout=POLL_S)
                 self._health.took(self._watch.poll())
-                if self._stop.received and deadline == float("inf"):
+                ender = self._stop.name or self._watch.asked_to_end()
+                if ender and deadline == float("inf"):
                     deadline = time.monotonic() + STOP_TIMEOUT_S
-                    self._watch.note(
-                        f"{self._stop.name}: committing, then stopping (again: stop at once)"
-                    )
-                if self._stop.received:
+                    again = "again" if self._stop.received else "Ctrl-C twice"
+                    self._watch.note(f"{ender}: committing, then stopping ({again}: stop at once)")
+                if ender:
                     self._recorder.ask.remote("stop")  # each time: a restarted one has forgotten
+                self._watch.relay_wish_for_commit()
                 self._stop.check(self._run.store.uri)
                 if time.monotonic() > deadline:
                     raise TrainingError(
-                        f"{self._stop.name}: no commit within {STOP_TIMEOUT_S:g} s; stopped without"
+                        f"{ender}: no commit within {STOP_TIMEOUT_S:g} s; stopped without"
                     )
                 self._watch_workers()
             self._watch.poll()
@@ -224,6 +237,9 @@ class _Group:
         if hang is not None:
             self._hung = True  # the group ends: what was last heard of it says nothing more
             self._watch.hang(hang, end_process(hang.pulse))
+        times = self._stragglers.compare(pulses)
+        if times is not None:
+            self._watch.compared(times)
         slow = self._health.slow(pulses)
         if slow is not None:
             self._watch.slow(slow)
@@ -239,10 +255,13 @@ class _Group:
 class _Watch:
     """Follows the recorder: rows to MLflow and the progress line, events to the user."""
 
-    def __init__(self, run: Run, recorder: Any, tracker: Tracker, line: ProgressLine) -> None:
+    def __init__(
+        self, run: Run, recorder: Any, tracker: Tracker, line: ProgressLine, inbox: Inbox
+    ) -> None:
         self._run, self._recorder, self._tracker, self._line = run, recorder, tracker, line
+        self._inbox = inbox
         self._incarnation, self._cursor = "", 0
-        self._slow = ""
+        self._slow, self._straggler = "", -1
         self.note = line.note
 
     def poll(self) -> list[Row]:
@@ -264,7 +283,21 @@ class _Watch:
             elif journal == "quarantine":
                 self._line.bad(row)
         self._line.steps(metrics, self._tracker.lag())
+        self._inbox.saw(rows)
         return metrics
+
+    def asked_to_end(self) -> str:
+        """Take what was asked through the storage; return who asked for the end, if anybody."""
+        for request in self._inbox.take():
+            self.event("asked", wish=request.wish, by=request.by)
+            if request.wish == "commit":
+                self.note(f"{request.by} asks for a commit")
+        return self._inbox.stop_by and f"asked by {self._inbox.stop_by}"
+
+    def relay_wish_for_commit(self) -> None:
+        """Tell the ranks, through the recorder, whether a commit is asked for."""
+        call = self._recorder.ask if self._inbox.wants_commit else self._recorder.forget
+        call.remote("commit")
 
     def pulses(self, group: str, stacks: bool) -> list[Pulse]:
         """Return the last sign of life of each worker."""
@@ -294,6 +327,17 @@ class _Watch:
             stack=pulse.stack,
         )
 
+    def compared(self, times: Row) -> None:
+        """Journal the ranks' times, and name one that is far slower than the others."""
+        self.event("ranks", **times)
+        usual, most = times["compute_p50_s"], times["compute_max_s"]
+        if most > STRAGGLES * usual and self._straggler != times["slowest_rank"]:
+            self._straggler = times["slowest_rank"]
+            self.note(
+                f"rank {times['slowest_rank']} on {times['slowest_host']} holds the others up: "
+                f"{1000 * most:.0f} ms of its own work a step, the median is {1000 * usual:.0f}"
+            )
+
     def slow(self, pulse: Pulse) -> None:
         """Say, once for each rank and phase, what all wait for."""
         text = f"all wait for {pulse.who}, in {pulse.phase}"
@@ -307,6 +351,8 @@ class _Watch:
         if kind == "commit":
             self._line.committed(row["step"])
             self._tracker.log_checkpoint(row["step"], row["uri"], row["digest"])
+        elif kind == "commit_failed":
+            self.note(f"NO COMMIT of step {row['step']}: {row['why']}; the next one is tried")
         elif kind == "attempt_failed":
             causes = "; ".join(f"rank {r}: {c}" for r, c in row["causes"].items())
             self._line.note(f"the workers stopped ({causes or 'process died'}); starting again")

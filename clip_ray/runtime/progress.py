@@ -11,7 +11,8 @@ from typing import Any, TextIO
 
 from clip_ray.runtime.cluster import Share, ray_logs
 from clip_ray.tracking import Lag
-from clip_ray.train.journal import Row
+from clip_ray.train.cost import held_s
+from clip_ray.train.journal import Row, last_rows, read_journal
 from clip_ray.train.rundir import Run
 
 LINE_S = 10.0  # seconds between lines where the terminal cannot be rewritten
@@ -45,6 +46,7 @@ def start_block(
                    f"{run.plan.passes_at(run.total_steps):.1f} passes{here}"),
         ("cluster", f"{share.describe()}; {device}"),
         *_elastic(run),
+        *_cost(run, share, start_step),
         ("memory", f"{_size(buffer)} of decoded samples buffered by each worker"),
         ("storage", f"{_size(model_bytes * kept)} for {kept} checkpoints"
                     f"{_free(run.store.uri, model_bytes * kept)}"),
@@ -67,6 +69,26 @@ def _elastic(run: Run) -> list[tuple[str, str]]:
     idle = "" if counts[-1] <= run.config.train.global_batch else "  TOO MANY: some get no sample"
     text = f"{counts[0]} to {counts[-1]} workers, as there is room: {dealt} samples of a step each"
     return [("elastic", text + idle)]
+
+
+def _cost(run: Run, share: Share, start_step: int) -> list[tuple[str, str]]:
+    """Say what the run has cost, and will: as fast as the last steps on as many workers."""
+    price = run.config.cluster.price_per_hour
+    if price is None:
+        return []
+    steps = last_rows(run.store, "metrics")
+    parts = [f"{price:g} an hour"]
+    if start_step:
+        signs = [*steps, *read_journal(run.store, "events")]
+        parts.append(f"{price * held_s(run.store, signs, time.time()) / 3600:.2f} so far")
+    alike = [row["step_s"] for row in steps if row["world_size"] == share.num_workers]
+    left = run.total_steps - start_step
+    if len(alike) >= ETA_STEPS:
+        expected = price * left * statistics.median(alike) / 3600
+        parts.append(f"{expected:.2f} expected for the {left} steps left")
+    elif left:
+        parts.append(f"what {left} steps will cost is shown with the ETA")
+    return [("cost", ", ".join(parts))]
 
 
 def _checkpoint_bytes(run: Run) -> int:
@@ -189,13 +211,18 @@ class ProgressLine:
         seconds = statistics.median(row["step_s"] for row in rows)
         wait = sum(row["data_wait"] for row in rows) / max(sum(r["step_s"] for r in rows), 1e-9)
         rate = self._run.config.train.global_batch / seconds
-        enough = last["step"] - self._first_step >= ETA_STEPS
+        left_s = (total - last["step"]) * seconds
+        price = self._run.config.cluster.price_per_hour
+        eta = "ETA ..."
+        if last["step"] - self._first_step >= ETA_STEPS:
+            eta = f"ETA {duration(left_s)}"
+            eta += f" (costs {price * left_s / 3600:.2f})" if price is not None else ""
         parts = [
             f"step {last['step']}/{total}",
             f"loss {last['loss']:.3f}" if last["loss"] is not None else "loss not finite",
             f"{rate:.0f} samples/s",
             f"data wait {100 * wait:.0f} %",
-            f"ETA {duration((total - last['step']) * seconds)}" if enough else "ETA ...",
+            eta,
             f"commit {self._commit}" if self._commit else "no commit yet",
         ]
         if last["bad"]:
@@ -220,6 +247,11 @@ def summary_table(summary: Row, run: Run) -> str:
         ("loss", f"{summary['loss']:.3f}"),
         ("samples/s", f"{summary['samples_per_s']:.0f}"),
         ("time", f"{duration(summary['seconds'])}, {100 * summary['ettr']:.0f} % of it in steps"),
+        *(
+            ("recovered", f"{cause}: {int(of['times'])} times, {duration(of['seconds'])} lost")
+            for cause, of in summary.get("recoveries", {}).items()
+        ),
+        *_summed_cost(summary),
         ("checkpoint", summary["checkpoint"]),
         ("export", summary["export"]),
         ("MLflow run", summary["run_id"] or "not recorded yet"),
@@ -234,6 +266,14 @@ def summary_table(summary: Row, run: Run) -> str:
         f"  {name:<{width}}  {value:<{value_width}}  {against}".rstrip()
         for name, value, against in rows
     )
+
+
+def _summed_cost(summary: Row) -> list[tuple[str, Any]]:
+    cost = summary.get("cost")
+    if cost is None:
+        return []
+    hours = summary["cluster_hours"]
+    return [("cost", f"{cost:.2f} ({hours:.2f} hours at {cost / hours:g})")]
 
 
 def _chance_of(metric: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import ray
 
 from clip_ray.config import S3Options
+from clip_ray.runtime.metrics import TrainingMetrics
 from clip_ray.runtime.pulse import Pulse
 from clip_ray.storage import LocalStore, open_store
 from clip_ray.train.hooks import Word
@@ -43,6 +44,9 @@ class Recorder:
         self._pulses: dict[int, tuple[float, Pulse]] = {}
         self._flushed = time.monotonic()
         self._durable: dict[str, int] = {}
+        # Ray's agent exports them: without a Ray there is nobody to.
+        name = run_uri.rstrip("/").rpartition("/")[2]
+        self._metrics = TrainingMetrics(name) if ray.is_initialized() else None
 
     def append(
         self, sender: str, first: int, rows: list[tuple[str, Row]], durable: bool = False
@@ -65,6 +69,8 @@ class Recorder:
                 self._journals[name].append(mine)
         self._taken[sender] = max(self._taken.get(sender, 0), first + len(rows))
         self._log += new
+        if self._metrics is not None:
+            self._metrics.took(new)
         if durable or time.monotonic() - self._flushed > FLUSH_S:
             for journal in self._journals.values():
                 journal.flush()
@@ -93,6 +99,11 @@ class Recorder:
     def forget(self, word: Word) -> None:
         """Ask no more: a new group of workers begins."""
         self._asked.discard(word)
+
+    def training_ended(self) -> None:
+        """Note that what follows is export and evaluation."""
+        if self._metrics is not None:
+            self._metrics.ended()
 
     def beat(self, group: str, pulse: Pulse) -> bool:
         """Take a rank's sign of life; return whether its stack is wanted."""

@@ -82,19 +82,26 @@ def read_journal(run: Store, name: str) -> Iterator[Row]:
                 yield json.loads(line)
 
 
-def last_row(run: Store, name: str) -> Row | None:
-    """Return a journal's last whole row, without reading the rest; None where there is none."""
+def last_rows(run: Store, name: str) -> list[Row]:
+    """Return some of a journal's last whole rows, without reading the rest; empty without any."""
     if isinstance(run, LocalStore):
         if not run.exists(f"{name}.jsonl"):
-            return None
+            return []
         size = run.info(f"{name}.jsonl").size
-        tail = run.read(f"{name}.jsonl", max(size - _TAIL_BYTES, 0), size)
+        start = max(size - _TAIL_BYTES, 0)
+        # The first line of a tail is a part of one.
+        lines = run.read(f"{name}.jsonl", start, size).splitlines(keepends=True)[start > 0 :]
     else:
         parts = run.child(f"{name}.parts").files()
         tail = run.child(f"{name}.parts").read(parts[-1]) if parts else b""
-    lines = [line for line in tail.splitlines(keepends=True) if line.endswith(b"\n")]
-    row: Row | None = json.loads(lines[-1]) if lines else None
-    return row
+        lines = tail.splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+
+def last_row(run: Store, name: str) -> Row | None:
+    """Return a journal's last whole row, without reading the rest; None where there is none."""
+    rows = last_rows(run, name)
+    return rows[-1] if rows else None
 
 
 def lineage(rows: Iterable[Row]) -> list[Row]:

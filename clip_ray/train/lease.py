@@ -14,6 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from clip_ray.errors import CheckpointError
@@ -22,6 +23,19 @@ from clip_ray.storage import Store
 RENEW_S = 10.0
 EXPIRE_S = 60.0
 _FOLDER = "lease"
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The live job that writes a run; `token` is unique to its lease."""
+
+    host: str
+    pid: int
+    since: float
+    token: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} (since {time.ctime(self.since)})"
 
 
 @contextlib.contextmanager
@@ -50,21 +64,35 @@ def held_lease(run: Store) -> Iterator[threading.Event]:
         run.delete(f"{_FOLDER}/{number:08d}.json")
 
 
+def live_holder(run: Store) -> Holder | None:
+    """Return the job that writes a run; None where none is alive."""
+    return _holder(run)[1]
+
+
+def _holder(run: Store) -> tuple[int, Holder | None]:
+    """Return the newest lease's number, 0 where there is none, and its holder if it is alive."""
+    while True:
+        newest = _newest(run)
+        if not newest:
+            return 0, None
+        try:
+            fields = json.loads(run.read(f"{_FOLDER}/{newest:08d}.json"))
+        except FileNotFoundError:
+            continue  # released between the listing and the reading
+        if not _alive(fields):
+            return newest, None
+        return newest, Holder(fields["host"], fields["pid"], fields["since"], fields["token"])
+
+
 def _take(run: Store, token: str) -> int:
     """Create the next lease file, exclusively, once no earlier one is alive."""
     while True:
-        newest = _newest(run)
-        if newest:
-            try:
-                holder = json.loads(run.read(f"{_FOLDER}/{newest:08d}.json"))
-            except FileNotFoundError:
-                continue  # released between the listing and the reading
-            if _alive(holder):
-                raise CheckpointError(
-                    f"run {run.uri} is being written by process {holder['pid']} on "
-                    f"{holder['host']} (since {time.ctime(holder['since'])}); wait for it, stop "
-                    "it, or give this run another name (--run.name)"
-                )
+        newest, holder = _holder(run)
+        if holder is not None:
+            raise CheckpointError(
+                f"run {run.uri} is being written by {holder}; wait for it, stop it "
+                "(jobs/stop.py), or give this run another name (--run.name)"
+            )
         try:
             run.create(f"{_FOLDER}/{newest + 1:08d}.json", _content(token, time.time()))
         except FileExistsError:

@@ -16,6 +16,70 @@ KUBERAY = ROOT / "cluster/kuberay"
 RAY_KINDS = ("RayCluster", "RayJob", "RayService")
 
 
+def _closed(required: tuple[str, ...] = (), /, **properties: Any) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(required),
+        "additionalProperties": False,
+    }
+
+
+_TEXT = {"type": "string"}
+_TEXTS = {"type": "object", "additionalProperties": _TEXT}
+_QUANTITY = {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?(m|[KMGTPE]i?)?$"}
+_QUANTITIES = {"type": "object", "additionalProperties": _QUANTITY, "minProperties": 1}
+_META = _closed(("name",), name=_TEXT, namespace=_TEXT, labels=_TEXTS)
+_LIMIT = _closed(("type",), type={"enum": ["Container"]}, default=_QUANTITIES,
+                 defaultRequest=_QUANTITIES)  # fmt: skip
+_FLAVOR = _closed(
+    ("name", "resources"),
+    name=_TEXT,
+    resources={
+        "type": "array",
+        "items": _closed(("name", "nominalQuota"), name=_TEXT, nominalQuota=_QUANTITY),
+    },
+)
+_GROUP = _closed(
+    ("coveredResources", "flavors"),
+    coveredResources={"type": "array", "items": _TEXT},
+    flavors={"type": "array", "items": _FLAVOR},
+)
+_CLUSTER_QUEUE = _closed(
+    ("namespaceSelector", "resourceGroups"),
+    namespaceSelector=_closed(matchLabels=_TEXTS),
+    queueingStrategy={"enum": ["StrictFIFO", "BestEffortFIFO"]},
+    preemption=_closed(
+        withinClusterQueue={"enum": ["Never", "LowerPriority", "LowerOrNewerEqualPriority"]}
+    ),
+    resourceGroups={"type": "array", "items": _GROUP},
+)
+
+
+def _kind(version: str, kind: str, required: tuple[str, ...] = (), /, **fields: Any) -> Any:
+    head = {"apiVersion": {"const": version}, "kind": {"const": kind}, "metadata": _META}
+    return _closed(("apiVersion", "kind", "metadata", *required), **head, **fields)
+
+
+_KUEUE = "kueue.x-k8s.io/v1beta2"
+# By hand, after Kubernetes' core/v1 and Kueue's CRDs, and closed: of their fields, those that ours
+# have.
+OTHERS = {
+    "ResourceQuota": _kind("v1", "ResourceQuota", ("spec",), spec=_closed(hard=_QUANTITIES)),
+    "LimitRange": _kind(
+        "v1", "LimitRange", ("spec",), spec=_closed(limits={"type": "array", "items": _LIMIT})
+    ),
+    "ResourceFlavor": _kind(_KUEUE, "ResourceFlavor", spec=_closed(nodeLabels=_TEXTS)),
+    "ClusterQueue": _kind(_KUEUE, "ClusterQueue", ("spec",), spec=_CLUSTER_QUEUE),
+    "LocalQueue": _kind(
+        _KUEUE, "LocalQueue", ("spec",), spec=_closed(("clusterQueue",), clusterQueue=_TEXT)
+    ),
+    "WorkloadPriorityClass": _kind(
+        *(_KUEUE, "WorkloadPriorityClass", ("value",)), value={"type": "integer"}, description=_TEXT
+    ),
+}
+
+
 @cache
 def _schemas() -> dict[str, Any]:
     found: dict[str, Any] = json.loads((ROOT / "tests/cluster/crds/schemas.json").read_text())
@@ -51,6 +115,8 @@ def faults(manifest: dict[str, Any]) -> list[str]:
     checks: list[tuple[jsonschema.Draft202012Validator, Any]] = []
     if kind in RAY_KINDS:
         checks.append((validator(kind), manifest))
+    elif kind in OTHERS:
+        checks.append((jsonschema.Draft202012Validator(OTHERS[kind]), manifest))
     elif kind == "NetworkPolicy":
         checks.append((validator("RayCluster", *INGRESS), spec["ingress"]))
     elif "template" in spec:

@@ -13,6 +13,8 @@ import ray
 import yaml
 from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
 
+from clip_ray.runtime.metrics import ALIAS_SERVED, TRAINING
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "cluster/observability"
 NAME = re.compile(r"\b(?:ray|autoscaler)_[a-z0-9_]+\b")
@@ -24,8 +26,8 @@ GIVEN = {"application", "deployment", "replica", "instance", "job", "le"}
 
 @cache
 def own() -> dict[str, set[str]]:
-    """Return what serve/metrics.py exports: series name to its labels."""
-    series: dict[str, set[str]] = {}
+    """Return what training and serve/metrics.py export: series name to its labels."""
+    series = {one.exported: set(one.labels) for one in (*TRAINING, ALIAS_SERVED)}
     for node in ast.walk(ast.parse((ROOT / "serve/metrics.py").read_text())):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
             continue
@@ -106,6 +108,9 @@ def test_a_query_names_what_is_exported(expression: str):
         ("sum by (cause) (ray_clip_rejects_total)", "has no label cause"),
         ("sum(ray_node_disk_free", "do not match"),
         ("up == 0", "names no metric"),
+        ("max by (job) (ray_clip_train_loss_total)", "nobody exports it"),
+        ("rate(ray_clip_train_steps[5m])", "nobody exports it"),
+        ('ray_clip_train_steps_total{phase="loss"}', "has no label phase"),
     ],
 )
 def test_a_wrong_query_is_seen(expression: str, word: str):
@@ -115,19 +120,27 @@ def test_a_wrong_query_is_seen(expression: str, word: str):
 def test_every_metric_of_the_code_is_on_the_dashboard():
     shown = {name for expression in dashboard() for name in NAME.findall(expression)}
     families = {re.sub(r"_(?:bucket|sum|count|total)$", "", name) for name in own()}
-    assert len(families) == 6
+    assert len(families) == 7 + len(TRAINING) + 1  # Serve's, training's, and the watcher's
     missing = [family for family in families if not any(n.startswith(family) for n in shown)]
     assert missing == []
 
 
-def test_the_readme_says_what_to_do_at_each_alert():
-    readme = (ROOT / "cluster/README.md").read_text()
+def test_panels_do_not_lie_on_each_other():
+    board = json.loads((FOLDER / "grafana-dashboard.json").read_text())
+    places = [(p["gridPos"]["x"], p["gridPos"]["y"]) for p in board["panels"]]
+    assert len(set(places)) == len(places) == len({p["id"] for p in board["panels"]})
+
+
+def test_the_runbook_has_a_paragraph_for_each_alert_and_no_other():
+    runbook = (ROOT / "cluster/RUNBOOK.md").read_text()
+    sections = dict(re.findall(r"^### (\w+)\n\n(.+)$", runbook, re.MULTILINE))
     groups = yaml.safe_load((FOLDER / "alerts.yaml").read_text())["groups"]
     rules = [rule for group in groups for rule in group["rules"]]
+    assert set(sections) == {rule["alert"] for rule in rules}
     for rule in rules:
-        assert f"**{rule['alert']}**" in readme
-        assert rule["annotations"]["runbook"] == "cluster/README.md, Alerts"
-        assert {"severity"} == set(rule["labels"])
+        assert len(sections[rule["alert"]]) > 80
+        assert rule["annotations"]["runbook"] == f"cluster/RUNBOOK.md#{rule['alert'].lower()}"
+        assert {"severity"} == set(rule["labels"]) and "for" in rule
 
 
 def test_rejects_are_asked_for_by_a_reason_that_the_code_gives():

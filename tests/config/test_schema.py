@@ -40,6 +40,8 @@ def config(**sections: Any) -> Config:
         ),
         ({"model": {"vision": {"heads": 5}}}, "heads 5 does not divide width 768"),
         ({"model": {"text": {"heads": 3}}}, "heads 3 does not divide width 512"),
+        ({"cluster": {"price_per_hour": 0}}, "greater than 0"),
+        ({"cluster": {"price_per_hour": -1.5}}, "greater than 0"),
         ({"run": {"name": "../up"}}, "should match pattern"),
         ({"run": {"name": ".hidden"}}, "should match pattern"),
         ({"train": {"steps": 1, "global_batch": 0}}, "greater than 0"),

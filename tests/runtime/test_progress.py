@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import io
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from clip_ray.runtime.progress import ProgressLine, duration
+from clip_ray.runtime.progress import ProgressLine, _cost, _summed_cost, duration
+from clip_ray.storage import LocalStore
 from clip_ray.tracking import Lag
 
 FINE = Lag(steps=0, actions=0, replaying=False, acked_step=0, failures=0, refused=0, error=None)
 
 
-def make_line() -> tuple[ProgressLine, io.StringIO]:
+def make_line(price: float | None = None) -> tuple[ProgressLine, io.StringIO]:
     run = SimpleNamespace(
         total_steps=100,
-        config=SimpleNamespace(train=SimpleNamespace(global_batch=50)),
+        config=SimpleNamespace(
+            train=SimpleNamespace(global_batch=50), cluster=SimpleNamespace(price_per_hour=price)
+        ),
         tokenizer=SimpleNamespace(context_length=16),
     )
     out = io.StringIO()
@@ -77,3 +82,53 @@ def test_an_outage_of_mlflow_shows():
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
+
+
+def test_the_line_says_what_the_rest_will_cost():
+    line, out = make_line(price=36.0)
+    line.steps([row(s) for s in range(1, 21)], FINE)
+    assert "ETA 40s (costs 0.40)" in out.getvalue()  # 80 steps of 0.5 s, a cent a second
+
+
+def priced_run(folder: Path, price: float | None, steps: list[dict]) -> SimpleNamespace:
+    """A run whose first job began at 1000 s."""
+    store = LocalStore(folder)
+    store.write("attempts/00001.json", json.dumps({"driver": "a", "started": 1000.0}).encode())
+    store.write("metrics.jsonl", b"".join(json.dumps(s).encode() + b"\n" for s in steps))
+    config = SimpleNamespace(cluster=SimpleNamespace(price_per_hour=price))
+    return SimpleNamespace(store=store, config=config, total_steps=100)
+
+
+def timed(count: int, world_size: int = 2) -> list[dict]:
+    return [{"step_s": 2.0, "world_size": world_size, "time": 1000.0 + 2 * n} for n in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("steps", "start", "text"),
+    [
+        # 19 intervals of 2 s, and 80 steps of 2 s, at a cent a second.
+        (timed(20), 20, "36 an hour, 0.38 so far, 1.60 expected for the 80 steps left"),
+        (
+            timed(20, 4),
+            20,
+            "36 an hour, 0.38 so far, what 80 steps will cost is shown with the ETA",
+        ),
+        ([], 0, "36 an hour, what 100 steps will cost is shown with the ETA"),
+    ],
+)
+def test_the_start_says_what_the_run_costs(tmp_path, steps, start, text):
+    run = priced_run(tmp_path, 36.0, steps)
+    assert _cost(run, SimpleNamespace(num_workers=2), start) == [("cost", text)]
+
+
+def test_without_a_price_nothing_is_said(tmp_path):
+    run = priced_run(tmp_path, None, timed(20))
+    assert _cost(run, SimpleNamespace(num_workers=2), 20) == []
+    assert _summed_cost({"cost": None, "cluster_hours": 2.0}) == []
+    assert _summed_cost({}) == []  # of a run that an earlier version finished
+
+
+def test_the_summary_says_the_cost():
+    assert _summed_cost({"cost": 25.0, "cluster_hours": 2.0}) == [
+        ("cost", "25.00 (2.00 hours at 12.5)")
+    ]

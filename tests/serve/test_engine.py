@@ -146,6 +146,7 @@ def test_a_bad_target_leaves_the_old_weights_and_says_so(tmp_path, models, broke
         engine.retarget(bad)
         status = await settled(engine)
         assert status["state"] == "failed" and status["error"]
+        assert engine.metrics.counts["target", "failed"] >= 1  # Prometheus hears of it, too
         assert status["model"] == models[0].model_dump()
         loaded = engine.pick(None)
         features, _ = await engine.embed_texts(loaded, ["still here"])
