@@ -56,6 +56,10 @@ class Samples:
         key = (name, frozenset(labels.items()))
         self.series.setdefault(key, []).append((time, value))
 
+    def gone(self, name: str, time: float, **labels: str) -> None:
+        """Note that a scrape did not find a series that an earlier one had."""
+        self.add(name, time, math.nan, **labels)
+
     def named(self, name: str) -> Iterator[tuple[Labels, list[tuple[float, float]]]]:
         """Yield the series of a name."""
         for (found, labels), samples in self.series.items():
@@ -214,7 +218,7 @@ class _Parser:
         found = {}
         for labels, samples in self._selected(name, matchers):
             recent = [v for t, v in samples if self._at - LOOKBACK_S < t <= self._at]
-            if recent:
+            if recent and not math.isnan(recent[-1]):
                 found[labels] = recent[-1]
         return found
 
@@ -223,7 +227,11 @@ class _Parser:
     ) -> Vector:
         found = {}
         for labels, samples in self._selected(name, matchers):
-            inside = [(t, v) for t, v in samples if self._at - window < t <= self._at]
+            inside = [
+                (t, v)
+                for t, v in samples
+                if self._at - window < t <= self._at and not math.isnan(v)
+            ]
             if len(inside) > 1:
                 increase = _extrapolated(inside, self._at - window, self._at)
                 found[labels] = increase / window if is_rate else increase
