@@ -22,7 +22,7 @@ _TOKEN = re.compile(
     r"|(?P<string>\"[^\"]*\")|(?P<op>=~|!~|!=|==|>=|<=|[-+*/<>=(){}\[\],]))"
 )
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-_PRECEDENCE = {"and": 1, **dict.fromkeys(("==", "!=", ">", "<", ">=", "<="), 2)}
+_PRECEDENCE = {"and": 1, "unless": 1, **dict.fromkeys(("==", "!=", ">", "<", ">=", "<="), 2)}
 _PRECEDENCE |= {"+": 3, "-": 3, "*": 4, "/": 4}
 _OPERATIONS: dict[str, Any] = {
     "+": lambda a, b: a + b,
@@ -300,9 +300,9 @@ def _combine(
     def key(labels: Labels) -> Labels:
         return labels if on is None else frozenset(item for item in labels if item[0] in on)
 
-    if operator == "and":
-        there = {key(labels) for labels in _vector(right)}
-        return {labels: v for labels, v in _vector(left).items() if key(labels) in there}
+    if operator in ("and", "unless"):
+        there, kept = {key(labels) for labels in _vector(right)}, operator == "and"
+        return {ls: v for ls, v in _vector(left).items() if (key(ls) in there) == kept}
     pairs: list[tuple[Labels, float, float]]
     if isinstance(right, float):
         pairs = [(labels, value, right) for labels, value in _vector(left).items()]
@@ -312,6 +312,6 @@ def _combine(
         others = {key(labels): value for labels, value in right.items()}
         pairs = [(key(ls), v, others[key(ls)]) for ls, v in left.items() if key(ls) in others]
     if compares:
-        kept = [(labels, a if isinstance(left, dict) else b, a, b) for labels, a, b in pairs]
-        return {labels: value for labels, value, a, b in kept if _OPERATIONS[operator](a, b)}
+        own = [(labels, a if isinstance(left, dict) else b, a, b) for labels, a, b in pairs]
+        return {labels: value for labels, value, a, b in own if _OPERATIONS[operator](a, b)}
     return {labels: float(_OPERATIONS[operator](a, b)) for labels, a, b in pairs}

@@ -74,6 +74,7 @@ def test_the_evaluator_groups_joins_and_matches():
     assert evaluate('sum by (run) (m{phase!~"x|z"})', samples, START) == {a: 2}
     assert evaluate("sum by (run) (m) > 3", samples, START) == {b: 4}
     assert evaluate("sum by (run) (m) > 2 and on (run) on == 1", samples, START) == {a: 3}
+    assert evaluate("sum by (run) (m) > 2 unless on (run) on == 1", samples, START) == {b: 4}
     assert evaluate("sum by (run) (m) / sum by (run) (m)", samples, START) == {a: 1, b: 1}
     assert evaluate("m", samples, START + 301) == {}  # gone
 
@@ -284,6 +285,17 @@ def one(name: str, value: float, **labels: str) -> Samples:
     return gauges(value, only=(name, labels))
 
 
+def wanted(target: float, *healthy: float) -> Samples:
+    """So many replicas are wanted, and those that there are say whether they are healthy."""
+    names = {f"r{i}": value for i, value in enumerate(healthy)}
+    app = {"application": "clip", "deployment": "clip"}
+    replicas = {
+        name: ("ray_serve_deployment_replica_healthy", app | {"replica": name}) for name in names
+    }
+    target_of = ("ray_serve_autoscaling_target_replicas", app)
+    return gauges(target, *names.values(), target=target_of, **replicas)
+
+
 def disk(used: float) -> Samples:
     node = {"instance": "n1"}
     return gauges(
@@ -304,8 +316,8 @@ SERVING: dict[str, tuple[list[Samples], list[Samples]]] = {
     "ClipServingSlow": ([served(slow=0.5)], [served(), served(slow=0.05)]),
     "ClipServingRejects": ([served(rejected=1)], [served(), served(rejected=0.3)]),
     "ClipReplicaUnhealthy": (
-        [one("ray_serve_deployment_replica_healthy", 0, **GIVEN)],
-        [one("ray_serve_deployment_replica_healthy", 1, **GIVEN)],
+        [wanted(2, 1, 0), wanted(2, 1), wanted(1)],
+        [wanted(2, 1, 1), wanted(1, 1, 1), wanted(0), one("ray_clip_target_failed", 0, **GIVEN)],
     ),
     "ClipReplicaTargetFailed": (
         [
