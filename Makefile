@@ -10,7 +10,7 @@ TORCH_PIN := $(shell grep '^torch==' constraints.txt)
 NOT_SELECTED := not slow and not chaos and not bench and not gpu
 JOBS := tests/runtime/test_pretrain.py
 
-.PHONY: help install quickstart serve serve-down cluster-up cluster-down package test test-slow test-gpu lint format ui bench clean
+.PHONY: help install quickstart serve serve-down cluster-up cluster-down package test test-slow test-gpu chaos lint format ui bench clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -e 's/:.*##/:/' | awk -F': *' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -73,6 +73,9 @@ test: install  ## unit and Ray integration tests (under 15 minutes on 2 cores)
 
 test-slow: install  ## the tests that take minutes each
 	@$(BIN)/python -m pytest -m "slow"
+
+chaos: install  ## faults on real clusters of this machine: killed, stopped, drained, unreachable (under 30 minutes)
+	@$(BIN)/python -m pytest -m "chaos" --durations=0 --durations-min=1
 
 test-gpu: install  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m "gpu" -rs

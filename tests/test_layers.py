@@ -28,6 +28,7 @@ LAYERS = {
     "clip_ray.registry": 2,
     "clip_ray.inference": 2,
     "clip_ray.keys": 2,
+    "clip_ray.sizing": 2,
     "clip_ray.runtime": 3,
     "jobs": 4,
     "serve": 4,

@@ -434,6 +434,14 @@ class CheckpointConfig(Section):
     every_steps: PositiveInt = Field(1000, description="steps between commits")
     keep_last: PositiveInt = Field(3, description="newest commits kept")
     keep_every: PositiveInt | None = Field(None, description="also keep each commit at k x this")
+    patience_s: float = Field(
+        900.0,
+        ge=0,
+        description="seconds in which no commit can be written, after which the workers stop",
+    )
+    writers: PositiveInt = Field(
+        1, description="workers that write a part of each commit: 1 = rank 0 writes all of it"
+    )
 
 
 class EvalConfig(Section):

@@ -23,6 +23,7 @@ from clip_ray.storage import open_store
 from clip_ray.train.checkpoint import Checkpoints
 from clip_ray.train.cost import held_s
 from clip_ray.train.journal import Row, lineage, read_journal
+from clip_ray.train.recovery import recoveries
 from clip_ray.train.rundir import Run
 from clip_ray.train.state import Progress, restore_weights
 
@@ -144,6 +145,7 @@ def summarize(
         "cluster_hours": hours,
         "cost": None if price is None else price * hours,
         "attempts": sum(e["event"] == "attempt" for e in events),
+        "recoveries": recoveries(rows, events),
         "recomputed_steps": len(rows) - len(line),
         "bad_samples": progress.bad,
         "truncated_captions": progress.truncated,

@@ -30,7 +30,7 @@ from clip_ray.runtime.cluster import (
     worker_bundles,
 )
 from clip_ray.runtime.progress import ProgressLine
-from clip_ray.runtime.pulse import Hang, Health, Pulse, end_process
+from clip_ray.runtime.pulse import STRAGGLES, Hang, Health, Pulse, Stragglers, end_process
 from clip_ray.runtime.recorder import send_event
 from clip_ray.runtime.room import Room
 from clip_ray.runtime.worker import Job, Result, run_worker
@@ -80,9 +80,8 @@ def fit_run(
                 fruitless += 1
                 if fruitless >= run.config.cluster.max_fruitless_attempts:
                     raise TrainingError(
-                        f"{fruitless} groups of workers in a row ended without a new commit; the "
-                        f"last: {type(ended).__name__}: {ended} (all in "
-                        f"{run.store.uri}/events.jsonl)"
+                        f"{fruitless} attempts in a row ended without a new commit; the last: "
+                        f"{_cause(run, ended)} (all in {run.store.uri}/events.jsonl)"
                     ) from ended
             else:
                 fruitless = 0
@@ -99,6 +98,14 @@ def fit_run(
 
 class _StoppedError(Exception):
     """The run was asked to end while there was no group of workers."""
+
+
+def _cause(run: Run, ended: BaseException) -> str:
+    """Say why a group ended: what its workers raised, else what Ray Train says."""
+    failed = [e for e in read_journal(run.store, "events") if e["event"] == "attempt_failed"]
+    causes = failed[-1]["causes"] if failed else {}
+    said = "; ".join(f"rank {rank}: {cause}" for rank, cause in causes.items())
+    return said or f"{type(ended).__name__}: {str(ended).strip().splitlines()[-1]}"
 
 
 def _newest_commit(run: Run) -> str:
@@ -152,6 +159,7 @@ class _Group:
         )
         self._health = Health(config.cluster.hang_timeout_s, config.cluster.collective_timeout_s)
         self._room = Room(config.cluster, share)
+        self._stragglers = Stragglers()
         self._asked = self._hung = False
 
     def follow(self) -> Result | BaseException:
@@ -229,6 +237,9 @@ class _Group:
         if hang is not None:
             self._hung = True  # the group ends: what was last heard of it says nothing more
             self._watch.hang(hang, end_process(hang.pulse))
+        times = self._stragglers.compare(pulses)
+        if times is not None:
+            self._watch.compared(times)
         slow = self._health.slow(pulses)
         if slow is not None:
             self._watch.slow(slow)
@@ -250,7 +261,7 @@ class _Watch:
         self._run, self._recorder, self._tracker, self._line = run, recorder, tracker, line
         self._inbox = inbox
         self._incarnation, self._cursor = "", 0
-        self._slow = ""
+        self._slow, self._straggler = "", -1
         self.note = line.note
 
     def poll(self) -> list[Row]:
@@ -316,6 +327,17 @@ class _Watch:
             stack=pulse.stack,
         )
 
+    def compared(self, times: Row) -> None:
+        """Journal the ranks' times, and name one that is far slower than the others."""
+        self.event("ranks", **times)
+        usual, most = times["compute_p50_s"], times["compute_max_s"]
+        if most > STRAGGLES * usual and self._straggler != times["slowest_rank"]:
+            self._straggler = times["slowest_rank"]
+            self.note(
+                f"rank {times['slowest_rank']} on {times['slowest_host']} holds the others up: "
+                f"{1000 * most:.0f} ms of its own work a step, the median is {1000 * usual:.0f}"
+            )
+
     def slow(self, pulse: Pulse) -> None:
         """Say, once for each rank and phase, what all wait for."""
         text = f"all wait for {pulse.who}, in {pulse.phase}"
@@ -329,6 +351,8 @@ class _Watch:
         if kind == "commit":
             self._line.committed(row["step"])
             self._tracker.log_checkpoint(row["step"], row["uri"], row["digest"])
+        elif kind == "commit_failed":
+            self.note(f"NO COMMIT of step {row['step']}: {row['why']}; the next one is tried")
         elif kind == "attempt_failed":
             causes = "; ".join(f"rank {r}: {c}" for r, c in row["causes"].items())
             self._line.note(f"the workers stopped ({causes or 'process died'}); starting again")

@@ -248,6 +248,10 @@ def summary_table(summary: Row, run: Run) -> str:
         ("loss", f"{summary['loss']:.3f}"),
         ("samples/s", f"{summary['samples_per_s']:.0f}"),
         ("time", f"{duration(summary['seconds'])}, {100 * summary['ettr']:.0f} % of it in steps"),
+        *(
+            ("recovered", f"{cause}: {int(of['times'])} times, {duration(of['seconds'])} lost")
+            for cause, of in summary.get("recoveries", {}).items()
+        ),
         *_summed_cost(summary),
         ("checkpoint", summary["checkpoint"]),
         ("export", summary["export"]),

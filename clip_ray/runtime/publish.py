@@ -66,6 +66,12 @@ def publish(run: Run, tracker: Tracker, summary: Row, say: Say) -> Row:
             if isinstance(value, int | float)
         }
         tracker.log_metrics(numbers, summary["steps"])
+    lost = {
+        f"recovery/{cause.replace(' ', '_')}_{unit}": float(value)
+        for cause, of in summary.get("recoveries", {}).items()
+        for unit, value in of.items()
+    }
+    tracker.log_metrics({"ettr": summary["ettr"], **lost}, summary["steps"])
     for file in run.store.child("figures").files():
         tracker.log_figure(run.store.read(f"figures/{file}"), f"figures/{file}")
     run_id = tracker.wait_run_id(RUN_ID_TIMEOUT_S)

@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ HANG_S = 8.0  # with the time to notice it, below 10
 HANG_STEPS = 4.5  # times the median step
 FIRST_STEPS = 3  # steps whose time says nothing yet
 FIRST_S = 600.0  # the bound for these
+COMPARE_S = 30.0  # between two comparisons of the ranks
+STRAGGLES = 1.5  # times the median, above which a rank is named
 SILENT_S = 60.0  # a rank that starts is heard too
 # Phases that may take long while the other ranks wait, within bounds of their own.
 _SLOW = ("starting", "data_wait", "checkpoint", "profile", "ending")
@@ -50,6 +53,9 @@ class Pulse:
         phase: what it does now.
         still_s: seconds since it last went from one phase to the next.
         age_s: seconds since this was heard.
+        steps: steps of this attempt.
+        compute_s: seconds of them in its own work: copies and forward passes.
+        wait_s: seconds of them in waits for data.
         stack: its training thread's, where it was asked for.
     """
 
@@ -61,6 +67,9 @@ class Pulse:
     phase: str = "starting"
     still_s: float = 0.0
     age_s: float = 0.0
+    steps: int = 0
+    compute_s: float = 0.0
+    wait_s: float = 0.0
     stack: str = ""
 
     @property
@@ -83,6 +92,7 @@ class Heart:
         self._recorder, self._group, self._rank = recorder, group, rank
         self._every_s = max(BEAT_S, world_size / RANKS_A_SECOND)
         self._where = (0, "starting", time.monotonic())
+        self._worked = (0, 0.0, 0.0)
         self._training = threading.get_ident()
         self._ended = threading.Event()
         self._call: Any = None
@@ -93,6 +103,12 @@ class Heart:
     def moved(self, step: int, phase: str) -> None:
         """Note that the rank is somewhere else."""
         self._where = (step, phase, time.monotonic())
+
+    def worked(self, seconds: Mapping[str, float]) -> None:
+        """Note the seconds of each phase of a step."""
+        steps, compute, wait = self._worked
+        compute += seconds["copy"] + seconds["forward"]
+        self._worked = (steps + 1, compute, wait + seconds["data_wait"])
 
     def end(self) -> None:
         """Say that this is the end, and send no more."""
@@ -123,7 +139,9 @@ class Heart:
             step,
             phase,
             time.monotonic() - since,
-            stack=stack,
+            0.0,
+            *self._worked,
+            stack,
         )
         self._call = self._recorder.beat.remote(self._group, pulse)
 
@@ -212,6 +230,43 @@ class Health:
         )
 
 
+class Stragglers:
+    """Compares the ranks' own work, every half a minute: who makes the others wait?"""
+
+    def __init__(self) -> None:
+        self._last: dict[int, Pulse] = {}
+        self._looked = time.monotonic()
+
+    def compare(self, pulses: list[Pulse]) -> Row | None:
+        """Return the times a step since the last comparison, None where it is too early.
+
+        `compute_` are copies and forward passes, which no other rank can hold up; `data_wait_`
+        are waits for batches. The slowest is the rank with the most of both.
+        """
+        now = time.monotonic()
+        if now - self._looked < COMPARE_S:
+            return None
+        before, self._last, self._looked = self._last, {p.rank: p for p in pulses}, now
+        found = []
+        for pulse in pulses:
+            old = before.get(pulse.rank)
+            steps = pulse.steps - old.steps if old else 0
+            if old is not None and steps > 0:
+                compute = (pulse.compute_s - old.compute_s) / steps
+                found.append((compute, (pulse.wait_s - old.wait_s) / steps, pulse))
+        if len(found) < 2:
+            return None
+        slowest = max(found, key=lambda one: one[0] + one[1])[2]
+        row: Row = {"slowest_rank": slowest.rank, "slowest_host": slowest.host}
+        for name, values in (
+            ("compute", [one[0] for one in found]),
+            ("data_wait", [one[1] for one in found]),
+        ):
+            row[f"{name}_p50_s"] = round(statistics.median(values), 4)
+            row[f"{name}_max_s"] = round(max(values), 4)
+        return row
+
+
 def last_mover(pulses: list[Pulse]) -> Pulse:
     """Return the rank that is furthest behind: what the others wait for."""
     return min(pulses, key=lambda p: (p.step, _ORDER.index(p.phase), -p.still_s))
@@ -219,23 +274,29 @@ def last_mover(pulses: list[Pulse]) -> Pulse:
 
 def end_process(pulse: Pulse, timeout_s: float = 30.0) -> str:
     """Kill a rank's process on its node; return what was found there."""
-    there = NodeAffinitySchedulingStrategy(pulse.node, soft=False)
+    return signal_process(pulse.node, pulse.pid, signal.SIGKILL, timeout_s)
+
+
+def signal_process(node: str, pid: int, number: int, timeout_s: float = 30.0) -> str:
+    """Send a signal to a worker's process on its node; return what was found there."""
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
     try:
-        call = _kill.options(scheduling_strategy=there).remote(pulse.pid)
+        call = _signal.options(scheduling_strategy=there).remote(pid, number)
         return str(ray.get(call, timeout=timeout_s))
     except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
         return f"not reached: {type(error).__name__}"
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def _kill(pid: int) -> str:
+def _signal(pid: int, number: int) -> str:
     process = Path(f"/proc/{pid}")
     try:
         if process.exists() and not process.joinpath("cmdline").read_bytes().startswith(b"ray::"):
             return "another process has its number"
         states = (process / "status").read_text().splitlines() if process.exists() else []
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
     except (ProcessLookupError, FileNotFoundError):
         return "gone already"
     state = next((line.split(":", 1)[1].strip() for line in states if "State" in line), "")
-    return f"killed (state {state})" if state else "killed"
+    done = "killed" if number == signal.SIGKILL else signal.Signals(number).name
+    return f"{done} (state {state})" if state else done

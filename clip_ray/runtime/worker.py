@@ -7,12 +7,13 @@ else is raised here and makes Ray Train start the group again.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import threading
 import time
 from collections.abc import Set
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,18 @@ from clip_ray.runtime.cluster import Share
 from clip_ray.runtime.data import BatchStream
 from clip_ray.runtime.pulse import Heart
 from clip_ray.runtime.recorder import Reporter
-from clip_ray.storage import Store, open_store
+from clip_ray.storage import open_store
 from clip_ray.tokenizer import Tokenizer
 from clip_ray.train.checkpoint import Checkpoints, Commit
 from clip_ray.train.hooks import Outcome, Word
 from clip_ray.train.initial import initial_weights
-from clip_ray.train.journal import Row, last_row, read_journal
+from clip_ray.train.journal import Row, last_row
 from clip_ray.train.loop import train
 from clip_ray.train.state import Progress, broadcast, build_state, restore, snapshot
 
 JOURNAL_TIMEOUT_S = 60.0
 COMMIT_TIMEOUT_S = 900.0
+FINAL_PAUSE_S = 2.0  # before the last commit is tried again
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Job:
         recorder: the recorder actor.
         share: CPUs and GPUs.
         tokenizer: serialised, saved with each commit.
-        driver: unique to the job that started the attempt; enters its record.
+        driver: unique to the job; enters the attempts' records.
         group: unique to the group of workers.
     """
 
@@ -167,7 +169,6 @@ def _decide(
     run = open_store(job.run_uri, job.config.run.s3)
     checkpoints = Checkpoints(run)
     number = checkpoints.begin_attempt({"driver": job.driver})
-    _refuse_fruitless(job, run, checkpoints)
     events: list[Row] = []
 
     def rejected(commit: Commit, why: str) -> None:
@@ -208,32 +209,12 @@ def _decide(
             "commit": commit.name if commit else None,
             "world_size": context.get_world_size(),
             "pid": os.getpid(),
+            "node": ray.get_runtime_context().get_node_id(),
         }
     )
     stamped = [{"time": time.time(), "attempt": number, **event} for event in events]
     reporter.add("events", stamped)
     return _Start(number, progress, commit)
-
-
-def _refuse_fruitless(job: Job, run: Store, checkpoints: Checkpoints) -> None:
-    """End a job whose attempts fail one after the other, without a commit in between."""
-    newest = max((commit.attempt for commit in checkpoints.commits()), default=0)
-    folder = run.child("attempts")
-    mine = [
-        int(name.split(".")[0])
-        for name in folder.files()
-        if json.loads(folder.read(name))["driver"] == job.driver
-    ]
-    # This attempt has only begun.
-    fruitless = sum(attempt > newest for attempt in mine) - 1
-    if fruitless >= job.config.cluster.max_fruitless_attempts:
-        failed = [e for e in read_journal(run, "events") if e["event"] == "attempt_failed"]
-        causes = failed[-1]["causes"] if failed else {}
-        said = "; ".join(f"rank {rank}: {cause}" for rank, cause in causes.items())
-        raise TrainingError(
-            f"{fruitless} attempts in a row ended without a new commit; the last: "
-            f"{said or 'a worker process died'} (all in {job.run_uri}/events.jsonl)"
-        )
 
 
 class _Attempt:
@@ -252,6 +233,7 @@ class _Attempt:
         heart: Heart,
     ) -> None:
         self._job, self._rank, self._device = job, rank, device
+        self._world_size = world_size
         self._start, self._reporter, self._heart = start, reporter, heart
         self._bare, self._optimizer = model, optimizer
         if job.config.train.compile:
@@ -268,6 +250,7 @@ class _Attempt:
         self._checkpoints = Checkpoints(open_store(job.run_uri, job.config.run.s3))
         self._writer: threading.Thread | None = None
         self._writer_error: BaseException | None = None
+        self._failing_since: float | None = None
         self._profiler: Any = None
         self._committed_as_asked = False
 
@@ -303,6 +286,10 @@ class _Attempt:
             stream.close()
         self._heart.moved(outcome.progress.step, "ending")
         self._join_writer(COMMIT_TIMEOUT_S)
+        while self._failing_since is not None:  # the last one is not to be done without
+            time.sleep(FINAL_PAUSE_S)
+            self._begin_commit(outcome.progress, parts=1)
+            self._join_writer(COMMIT_TIMEOUT_S)
         self._reporter.drain(JOURNAL_TIMEOUT_S)
         return outcome
 
@@ -313,17 +300,17 @@ class _Attempt:
             self._reporter.add("events", [row])
 
     def record(self, row: Row) -> None:
-        """See `train.loop.Hooks`."""
+        """See `train.hooks.Hooks`."""
         self._heart.moved(row["step"], "profile")
         self._profile(row["step"])
         self._reporter.add("metrics", [row])
 
     def quarantine(self, rows: list[Row]) -> None:
-        """See `train.loop.Hooks`."""
+        """See `train.hooks.Hooks`."""
         self._reporter.add("quarantine", rows)
 
     def asked(self) -> Set[Word]:
-        """See `train.loop.Hooks`."""
+        """See `train.hooks.Hooks`."""
         self._reporter.advance()
         asked = self._reporter.asked
         if "commit" not in asked:
@@ -331,41 +318,58 @@ class _Attempt:
         return asked - {"commit"} if self._committed_as_asked else asked
 
     def entered(self, step: int, phase: str) -> None:
-        """See `train.loop.Hooks`."""
+        """See `train.hooks.Hooks`."""
         self._heart.moved(step, phase)
 
+    def timed(self, seconds: dict[str, float]) -> None:
+        """See `train.hooks.Hooks`."""
+        self._heart.worked(seconds)
+
     def commit(self, progress: Progress) -> None:
-        """See `train.loop.Hooks`: rank 0 takes a snapshot, a thread writes it."""
+        """See `train.hooks.Hooks`: the writing ranks take a snapshot, a thread writes it."""
         self._committed_as_asked = True
-        if self._rank != 0:
-            return
+        parts = min(self._job.config.checkpoint.writers, self._world_size)
+        if self._rank < parts:
+            self._begin_commit(progress, parts)
+
+    def _begin_commit(self, progress: Progress, parts: int) -> None:
         # The other ranks may already wait in the next step's collective.
         self._join_writer(0.8 * self._job.config.cluster.collective_timeout_s)
         begun = time.perf_counter()
-        files: dict[str, Any] = {
-            **snapshot(self._bare, self._optimizer),
-            "state.json": progress.to_bytes(),
-            "config.yaml": dump_config(self._job.config).encode(),
-            "tokenizer.json": self._job.tokenizer,
-        }
+        files: dict[str, Any] = dict(snapshot(self._bare, self._optimizer, self._rank, parts))
         stall = time.perf_counter() - begun
-        self._writer = threading.Thread(
-            target=self._write, args=(Commit(progress.step, self._start.attempt), files, stall)
-        )
+        commit = Commit(progress.step, self._start.attempt)
+        write = partial(self._write_part, commit, files)
+        if self._rank == 0:
+            files |= {
+                "state.json": progress.to_bytes(),
+                "config.yaml": dump_config(self._job.config).encode(),
+                "tokenizer.json": self._job.tokenizer,
+            }
+            write = partial(self._write, commit, files, parts, stall)
+        self._writer = threading.Thread(target=write)
         self._writer.start()
 
-    def _write(self, commit: Commit, files: dict[str, Any], stall_s: float) -> None:
+    def _write_part(self, commit: Commit, files: dict[str, Any]) -> None:
+        # Rank 0 is told of a failure, and decides what comes of it.
+        with contextlib.suppress(OSError):
+            self._checkpoints.write_part(commit, self._rank, files)
+
+    def _write(self, commit: Commit, files: dict[str, Any], parts: int, stall_s: float) -> None:
         begun = time.perf_counter()
         try:
             digest = self._checkpoints.write(
                 commit,
                 files,
+                parts=parts,
+                timeout_s=COMMIT_TIMEOUT_S,
                 # No row of a step that a commit covers may be lost with the recorder.
                 before_commit=lambda: self._reporter.drain(JOURNAL_TIMEOUT_S),
             )
         except BaseException as error:
-            self._writer_error = error
+            self._failed(commit, error)
             return
+        self._failing_since = None
         config = self._job.config.checkpoint
         try:
             self._checkpoints.prune(config.keep_last, config.keep_every)
@@ -381,6 +385,19 @@ class _Attempt:
             stall_s=round(stall_s, 4),
             write_s=round(time.perf_counter() - begun, 3),
         )
+
+    def _failed(self, commit: Commit, error: BaseException) -> None:
+        """Do without a commit that the storage refused; give up when it has for too long."""
+        now = time.monotonic()
+        self._failing_since = self._failing_since or now
+        patience = self._job.config.checkpoint.patience_s
+        if not isinstance(error, OSError) or now - self._failing_since > patience:
+            self._writer_error = error
+            return
+        why = f"{type(error).__name__}: {error}"
+        self.event("commit_failed", step=commit.step, commit=commit.name, why=why)
+        with contextlib.suppress(OSError):
+            self._checkpoints.discard(commit)  # where the disk is full, it is in the way
 
     def _join_writer(self, timeout_s: float) -> None:
         """Wait for the commit in the making; raise what went wrong with it."""

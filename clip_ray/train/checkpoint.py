@@ -9,6 +9,7 @@ commits: a process that was thought dead and wakes up cannot disturb its success
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -26,6 +27,8 @@ from clip_ray.storage import FileDigest, Store, digest_bytes
 FORMAT = 1
 COMMIT = "COMMIT"
 _NAME = re.compile(r"^step-(\d{8,})\.a(\d+)$")
+
+_PART_POLL_S = 0.2
 
 Fill = Callable[[Path], None]
 
@@ -103,6 +106,8 @@ class Checkpoints:
         commit: Commit,
         files: Mapping[str, bytes | Fill],
         *,
+        parts: int = 1,
+        timeout_s: float = 0.0,
         before_commit: Callable[[], None] = lambda: None,
     ) -> str:
         """Write a checkpoint and commit it.
@@ -110,6 +115,8 @@ class Checkpoints:
         Args:
             commit: its step and the attempt that writes it.
             files: content of each file, or a function that writes it at a local path.
+            parts: writers, this one among them; the others call `write_part`.
+            timeout_s: seconds that these may take longer.
             before_commit: called when all files are written, before COMMIT is.
 
         Returns:
@@ -117,17 +124,14 @@ class Checkpoints:
 
         Raises:
             CheckpointError: a newer attempt has begun, or the checkpoint exists.
+            OSError: a part could not be written, or not in time.
         """
         folder = self._store.child(commit.name)
         if folder.exists(COMMIT):
             raise CheckpointError(f"{folder.uri} is committed already")
-        digests: dict[str, FileDigest] = {}
-        for name, content in files.items():
-            if isinstance(content, bytes):
-                folder.write(name, content)
-                digests[name] = digest_bytes(content)
-            else:
-                digests[name] = folder.put(name, content)
+        digests = _write_files(folder, files)
+        for part in range(1, parts):
+            digests |= self._await_part(commit, part, timeout_s)
         before_commit()
         newest = self.newest_attempt()
         if newest != commit.attempt:
@@ -151,6 +155,37 @@ class Checkpoints:
         except FileExistsError as error:
             raise CheckpointError(f"{folder.uri} is committed already") from error
         return digest_bytes(data).sha256
+
+    def write_part(self, commit: Commit, part: int, files: Mapping[str, bytes | Fill]) -> None:
+        """Write a further part of a checkpoint, and say so where `write` looks for it.
+
+        Raises:
+            OSError: it could not be written; the writer of the first part is told, if possible.
+        """
+        folder = self._store.child(commit.name)
+        try:
+            digests = _write_files(folder, files)
+        except OSError as error:
+            why = {"error": f"{type(error).__name__}: {error}"}
+            with contextlib.suppress(OSError):
+                folder.write(_part_name(part), json.dumps(why).encode())
+            raise
+        listing = [[name, d.size, d.sha256] for name, d in digests.items()]
+        folder.write(_part_name(part), json.dumps({"files": listing}).encode())
+
+    def _await_part(self, commit: Commit, part: int, timeout_s: float) -> dict[str, FileDigest]:
+        folder = self._store.child(commit.name)
+        deadline = time.monotonic() + timeout_s
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                said = json.loads(folder.read(_part_name(part)))
+                break
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{folder.uri}: part {part} was not written in {timeout_s:g} s")
+            time.sleep(_PART_POLL_S)
+        if "error" in said:
+            raise OSError(f"{folder.uri}: part {part}: {said['error']}")
+        return {name: FileDigest(size, sha256) for name, size, sha256 in said["files"]}
 
     def verify(self, commit: Commit) -> dict[str, bytes]:
         """Read a checkpoint whole, checking every byte.
@@ -211,6 +246,11 @@ class Checkpoints:
                 rejected(commit, str(error))
         return None
 
+    def discard(self, commit: Commit) -> None:
+        """Delete what was written of a checkpoint that could not be committed."""
+        if not self._store.exists(f"{commit.name}/{COMMIT}"):
+            self._store.delete(commit.name)
+
     def prune(self, keep_last: int, keep_every: int | None, pinned: Commit | None = None) -> None:
         """Delete what need not be kept: old commits, COMMIT first, and orphans.
 
@@ -230,3 +270,18 @@ class Checkpoints:
             match = _NAME.match(name)
             if match and name not in committed and int(match[2]) < attempt:
                 self._store.delete(name)
+
+
+def _part_name(part: int) -> str:
+    return f"parts/{part:05d}.json"
+
+
+def _write_files(folder: Store, files: Mapping[str, bytes | Fill]) -> dict[str, FileDigest]:
+    digests = {}
+    for name, content in files.items():
+        if isinstance(content, bytes):
+            folder.write(name, content)
+            digests[name] = digest_bytes(content)
+        else:
+            digests[name] = folder.put(name, content)
+    return digests

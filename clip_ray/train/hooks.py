@@ -32,6 +32,9 @@ class Hooks(Protocol):
     def entered(self, step: int, phase: str) -> None:
         """Note that `step` steps are done and a phase of the next begins. Must not block."""
 
+    def timed(self, seconds: dict[str, float]) -> None:
+        """Take this rank's seconds of each phase of a step. Must not block."""
+
     def commit(self, progress: Progress) -> None:
         """Take a snapshot for a commit; may write it in the background."""
 

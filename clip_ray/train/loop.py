@@ -144,10 +144,12 @@ def train(
             hooks.commit(progress)
             clock.mark("checkpoint")
             due = False
+        phases = clock.seconds()
+        hooks.timed(phases)
         if rank == 0:
             seconds = time.perf_counter() - begun
             hooks.record(
-                _journal_row(result, progress, attempt, seconds, clock.seconds(), config)
+                _journal_row(result, progress, attempt, seconds, phases, config)
                 | {"world_size": dist.get_world_size() if dist.is_initialized() else 1}
             )
         if reason is not None:

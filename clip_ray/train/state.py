@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from clip_ray.config import Config
@@ -75,22 +79,60 @@ def build_state(
     return model, build_optimizer(model, config.optim)
 
 
-def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Fill]:
+def snapshot(
+    model: nn.Module, optimizer: torch.optim.Optimizer, part: int = 0, parts: int = 1
+) -> dict[str, Fill]:
     """Copy weights and moments to host memory; return the functions that write them to files.
 
     Call it between steps, on the training thread; the functions may run on another.
+
+    Args:
+        model: the model.
+        optimizer: its AdamW.
+        part: which part of the tensors, where several ranks write one each.
+        parts: their number.
     """
-    weights = {name: _to_host(p) for name, p in model.state_dict().items()}
     moments = {
-        f"{kind}.{name}": _to_host(optimizer.state[p][kind])
+        f"{kind}.{name}": optimizer.state[p][kind]
         for name, p in model.named_parameters()
         if p in optimizer.state
         for kind in _MOMENTS
     }
-    return {
-        "model.safetensors": lambda path: safetensors.torch.save_file(weights, path),
-        "optimizer.safetensors": lambda path: safetensors.torch.save_file(moments, path),
-    }
+    files: dict[str, Fill] = {}
+    for kind, tensors in (("model", model.state_dict()), ("optimizer", moments)):
+        sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+        mine = {name: _to_host(tensors[name]) for name in dealt(sizes, parts)[part]}
+        ending = f"-{part + 1:05d}-of-{parts:05d}" if parts > 1 else ""
+        files[f"{kind}{ending}.safetensors"] = partial(_save, mine)
+    return files
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a file of tensors. Raises OSError where the disk is full: safetensors does not."""
+    try:
+        safetensors.torch.save_file(tensors, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+
+
+def dealt(sizes: Mapping[str, int], parts: int) -> list[list[str]]:
+    """Deal named sizes into parts that are about equal, the same on every rank."""
+    found: list[list[str]] = [[] for _ in range(parts)]
+    filled = [0] * parts
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        least = filled.index(min(filled))
+        found[least].append(name)
+        filled[least] += sizes[name]
+    return found
+
+
+def _tensors(files: Mapping[str, bytes], kind: str) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint's file, or of its parts."""
+    found: dict[str, Tensor] = {}
+    for name, data in files.items():
+        if re.fullmatch(rf"{kind}(-\d+-of-\d+)?\.safetensors", name):
+            found |= safetensors.torch.load(data)
+    return found
 
 
 def _to_host(tensor: Tensor) -> Tensor:
@@ -105,7 +147,7 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, files: Mapping[s
         CheckpointError: the tensors are not those of this model.
     """
     restore_weights(model, files)
-    moments = safetensors.torch.load(files["optimizer.safetensors"])
+    moments = _tensors(files, "optimizer")
     for name, p in model.named_parameters():
         if f"step.{name}" in moments:
             optimizer.state[p] = {
@@ -118,7 +160,7 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, files: Mapping[s
 
 def restore_weights(model: nn.Module, files: Mapping[str, bytes]) -> None:
     """Load a checkpoint's weights into a model, in place. Raises CheckpointError as `restore`."""
-    weights = safetensors.torch.load(files["model.safetensors"])
+    weights = _tensors(files, "model")
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

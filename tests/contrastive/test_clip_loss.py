@@ -215,6 +215,25 @@ def test_permuting_pairs_permutes_the_gradients() -> None:
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-16)
 
 
+def share_of_permuted(order: list[int]) -> float:
+    """Return the loss where this rank has its share of the pairs in that order."""
+    image, text = (own(f.detach()[order]) for f in features(ROWS))
+    return clip_loss(image, text, torch.tensor(5.0, dtype=torch.float64)).item()
+
+
+def test_pairs_may_be_on_any_worker() -> None:
+    generator = torch.Generator().manual_seed(1)
+    order = torch.randperm(ROWS, generator=generator).tolist()
+    (as_they_are, *_), (permuted, *_) = (
+        run_ranks(share_of_permuted, 3, o) for o in (list(range(ROWS)), order)
+    )
+    assert permuted == pytest.approx(as_they_are, rel=1e-14)
+    # Pairs torn apart are another batch.
+    image, text = features(ROWS)
+    torn = clip_loss(image, text[order], torch.tensor(5.0, dtype=torch.float64)).item()
+    assert abs(torn - as_they_are) > 1e-3
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("keep_bytes", [0, 1 << 20])
 def test_autocast_does_not_reach_inside(dtype: torch.dtype, keep_bytes: int) -> None:

@@ -82,8 +82,8 @@ def wait_for(condition: Callable[[], object], timeout_s: float, what: str) -> No
 
 
 @contextlib.contextmanager
-def ray_head(folder: Path, cpus: int) -> Iterator[Head]:
-    """Run a Ray head with its dashboard; its log goes to the folder."""
+def ray_head(folder: Path, cpus: int, **variables: str) -> Iterator[Head]:
+    """Run a Ray head with its dashboard and more environment; its log goes to the folder."""
     port, dashboard, client, agent, agent_grpc = free_ports(5)
     # Not below pytest's directory: a socket's path ends at 107 characters.
     with tempfile.TemporaryDirectory(prefix="cr-", ignore_cleanup_errors=True) as temp:
@@ -95,6 +95,7 @@ def ray_head(folder: Path, cpus: int) -> Iterator[Head]:
             # Idle workers kept ready cost CPU time for each job and are not needed.
             "RAY_prestart_worker_first_driver": "0",
             "RAY_enable_worker_prestart": "0",
+            **variables,
         }
         options = [
             *("--head", f"--port={port}", f"--dashboard-port={dashboard}"),

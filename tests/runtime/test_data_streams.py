@@ -129,7 +129,8 @@ def share_of(nodes: list[dict[str, Any]], workers: int, **settings: Any) -> Shar
     return deal_streams(Share(workers, 1, 0, data_cpus, threads=1), config, nodes)
 
 
-@pytest.mark.parametrize("streams", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("streams", [1, 2])
 def test_sixteen_ranks_with_fewer_spare_cpus_than_ranks_on_each_node(cluster, recorder, streams):
     share = share_of(cluster, WORKERS, data_streams=streams)
     assert (share.streams, share.stream_cpus) == (streams, DECODE_CPUS / streams)

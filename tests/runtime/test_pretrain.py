@@ -170,6 +170,19 @@ def test_options_of_the_step_through_ray(jobs, undisturbed):
     assert same == {name for name in before if name.startswith("visual.")}
 
 
+@pytest.mark.slow
+def test_weights_that_a_run_began_from_are_not_needed_again(jobs, undisturbed):
+    export = jobs.directory / "given"
+    shutil.copytree(undisturbed.run_dir("clip") / "export", export)
+    flags = ("--init.weights", str(export), "--train.steps", "6")
+    jobs.run("tuned", *flags)
+    shutil.rmtree(export)
+    jobs.run("tuned", *flags, "--run.extend", "3")
+    begun = [e for e in jobs.rows("tuned", "events") if e["event"] == "initial_weights"]
+    assert len(begun) == 1
+    assert [row["step"] for row in jobs.rows("tuned")] == list(range(1, 10))
+
+
 def test_a_killed_worker_costs_nothing_but_time(jobs, undisturbed):
     job = jobs.start("killed", *SLOW_STEPS)
     jobs.wait_for_step("killed", 10)
@@ -200,7 +213,7 @@ def actor(head, title: str) -> psutil.Process:
 
 
 def test_a_killed_job_is_resumed_by_the_same_command(jobs, undisturbed):
-    job = jobs.start("again", *SLOW_STEPS)
+    job = jobs.start("again", *SLOW_STEPS, "--checkpoint.writers", "2")
     lease = jobs.run_dir("again") / "lease"
     wait_for(lambda: lease.is_dir() and any(lease.glob("*.json")), 60, "the lease")
     refused = jobs.run("again", *SLOW_STEPS, code=2)  # a second live writer
@@ -209,7 +222,9 @@ def test_a_killed_job_is_resumed_by_the_same_command(jobs, undisturbed):
     os.killpg(job.pid, signal.SIGKILL)
     job.wait(20)
     before = json.loads((jobs.run_dir("again") / "tracking.json").read_text())["run_id"]
-    # Nothing but the name and the run-defining settings has to stay: here one worker goes on.
+    assert list(jobs.run_dir("again").glob("checkpoints/*/model-00002-of-00002.safetensors"))
+    # Nothing but the name and the run-defining settings has to stay: here one worker goes on,
+    # from a commit that two have written.
     output = jobs.run("again", *SLOW_STEPS, "--cluster.num_workers", "1")
     start = int(re.search(r"from step (\d+)", output)[1])
     assert start >= 21 and start % 7 == 0
@@ -221,8 +236,11 @@ def test_a_killed_job_is_resumed_by_the_same_command(jobs, undisturbed):
     assert relative([v for _, v in found], [v for _, v in expected]) <= 1e-4
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, slow(signal.SIGINT)])
-def test_a_signal_commits_and_ends(jobs, undisturbed, number):
+@pytest.mark.parametrize(
+    ("number", "resumes"),
+    [(signal.SIGTERM, False), slow(signal.SIGTERM, True), slow(signal.SIGINT, False)],
+)
+def test_a_signal_commits_and_ends(jobs, undisturbed, number, resumes):
     job = jobs.start("stopped", *SLOW_STEPS)
     jobs.wait_for_step("stopped", 19)
     if number == signal.SIGINT:
@@ -234,11 +252,10 @@ def test_a_signal_commits_and_ends(jobs, undisturbed, number):
     assert last < 60
     assert f"committed: step-{last:08d}.a1" in output
     assert jobs.rows("stopped")[-1]["step"] == last
-    if number == signal.SIGINT:
-        return
-    jobs.run("stopped", *SLOW_STEPS)
-    assert len(jobs.rows("stopped")) == 60  # nothing was computed twice
-    assert_same_end(jobs, "stopped", undisturbed)
+    if resumes:
+        jobs.run("stopped", *SLOW_STEPS)
+        assert len(jobs.rows("stopped")) == 60  # nothing was computed twice
+        assert_same_end(jobs, "stopped", undisturbed)
 
 
 def test_a_finished_run_is_shown_not_repeated(undisturbed):
@@ -310,6 +327,7 @@ def test_attempts_that_get_nowhere_end(jobs):
     jobs.run_dir("stuck").mkdir(parents=True)
     (jobs.run_dir("stuck") / "checkpoints").write_text("in the way")
     flags = ("--checkpoint.every_steps", "4", "--cluster.max_fruitless_attempts", "1")
+    flags += ("--checkpoint.patience_s", "1")
     output = jobs.run("stuck", *flags, code=2)
     assert "1 attempts in a row ended without a new commit; the last: rank" in output
     assert "nothing is committed yet; to resume:" in output

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
-from clip_ray.runtime.pulse import FIRST_S, Health, Pulse, _kill, last_mover
+from clip_ray.runtime.pulse import FIRST_S, Health, Pulse, Stragglers, _signal, last_mover
 
 
 def pulse(rank: int, step: int = 9, phase: str = "loss", still: float = 0, age: float = 0) -> Pulse:
@@ -96,8 +98,38 @@ def test_a_suspicion_that_passes_is_forgotten():
     assert not health().suspects and made.suspects
 
 
+def test_the_slowest_rank_is_told_from_its_own_work(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("clip_ray.runtime.pulse.time.monotonic", lambda: now)
+    found = Stragglers()
+
+    def at(seconds: float, steps: int, *compute_and_wait: tuple[float, float]):
+        nonlocal now
+        now = seconds
+        return found.compare(
+            [
+                replace(pulse(rank), steps=steps, compute_s=steps * c, wait_s=steps * w)
+                for rank, (c, w) in enumerate(compute_and_wait)
+            ]
+        )
+
+    ranks = ((0.1, 0.01), (0.2, 0.0), (0.1, 0.05))
+    assert at(10, 5, *ranks) is None  # too early
+    assert at(31, 10, *ranks) is None  # nothing to compare with
+    assert at(62, 20, *ranks) == {
+        "slowest_rank": 1,
+        "slowest_host": "host-1",
+        "compute_p50_s": 0.1,
+        "compute_max_s": 0.2,
+        "data_wait_p50_s": 0.01,
+        "data_wait_max_s": 0.05,
+    }
+    assert at(93, 20, *ranks) is None  # no step since
+    assert at(124, 30, ranks[0]) is None  # one rank is compared with nobody
+
+
 def test_only_a_worker_of_ray_is_killed():
-    kill = _kill._function
+    kill = partial(_signal._function, number=signal.SIGKILL)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         assert kill(other.pid) == "another process has its number"
         assert other.poll() is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import threading
@@ -357,3 +358,66 @@ def test_strangers_among_the_checkpoints_are_ignored(local: Store) -> None:
     assert checkpoints.commits() == []
     checkpoints.prune(1, None)
     assert len(folder.files()) == 5
+
+
+def written_in_parts(run: Store, parts: int) -> tuple[Checkpoints, Commit]:
+    """Write a commit whose parts come in the wrong order, from threads."""
+    checkpoints, commit = begun(run), Commit(7, 1)
+    others = [
+        threading.Timer(
+            0.3 * (parts - part),
+            checkpoints.write_part,
+            (commit, part, {f"model-{part}": b"%d" % part}),
+        )
+        for part in range(1, parts)
+    ]
+    for other in others:
+        other.start()
+    try:
+        checkpoints.write(commit, FILES, parts=parts, timeout_s=30)
+    finally:
+        for other in others:
+            other.join(30)
+    return checkpoints, commit
+
+
+def test_a_commit_holds_the_parts_of_all_writers(run: Store) -> None:
+    checkpoints, commit = written_in_parts(run, 3)
+    expected = {**CONTENT, "model-1": b"1", "model-2": b"2"}
+    assert checkpoints.newest(never) == (commit, expected)
+
+
+def test_a_part_that_is_damaged_is_found(local: Store) -> None:
+    checkpoints, commit = written_in_parts(local, 2)
+    local.child(f"checkpoints/{commit.name}").write("model-1", b"2")
+    with pytest.raises(CheckpointError, match="model-1: 1 bytes with sha256"):
+        checkpoints.verify(commit)
+
+
+def test_without_all_parts_nothing_is_committed(local: Store) -> None:
+    checkpoints = begun(local)
+    checkpoints.write_part(Commit(7, 1), 1, {"model-1": b"1"})
+    with pytest.raises(TimeoutError, match="part 2 was not written in 0.5 s"):
+        checkpoints.write(Commit(7, 1), FILES, parts=3, timeout_s=0.5)
+    assert checkpoints.commits() == []
+    checkpoints.discard(Commit(7, 1))
+    assert names(local) == []
+
+
+def test_a_part_that_cannot_be_written_is_told_to_the_others(local: Store) -> None:
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    checkpoints = begun(local)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.write_part(Commit(7, 1), 1, {"model-1": full})
+    with pytest.raises(OSError, match="part 1: OSError: .*No space left"):
+        checkpoints.write(Commit(7, 1), FILES, parts=2, timeout_s=30)
+    assert checkpoints.commits() == []
+
+
+def test_what_is_committed_is_not_discarded(local: Store) -> None:
+    checkpoints = begun(local)
+    checkpoints.write(Commit(7, 1), FILES)
+    checkpoints.discard(Commit(7, 1))
+    assert checkpoints.newest(never) == (Commit(7, 1), CONTENT)

@@ -125,6 +125,9 @@ class Attempt:
     def entered(self, step: int, phase: str) -> None:
         self.phases.append((step, phase))
 
+    def timed(self, seconds: dict[str, float]) -> None:
+        assert set(seconds) == set(PHASES)
+
     def commit(self, progress: Progress) -> None:
         self.commits.append((progress, self.state()))
 
