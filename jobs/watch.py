@@ -21,7 +21,7 @@ sys.path[0] = str(ROOT)
 
 import ray  # noqa: E402
 
-from clip_ray.runtime.metrics import ALIAS_SERVED, make_in_ray  # noqa: E402
+from clip_ray.runtime.metrics import ALIAS_SERVED, Gauges, make_in_ray  # noqa: E402
 
 LOOK_S = 300.0
 
@@ -39,13 +39,13 @@ def main() -> int:
     command = [sys.executable, str(ROOT / "jobs/promote.py"), "--check", "--model", given.model]
     command += ["--address", given.address, *more] if given.address else more
     ray.init(given.address or "auto", log_to_driver=False)
-    served, looks = make_in_ray(ALIAS_SERVED), 0
+    served, gauges, looks = make_in_ray(ALIAS_SERVED), Gauges(), 0
     while given.times is None or looks < given.times:
         time.sleep(given.every if looks else 0)
         looks += 1
         status = look(command)
         if status in (0, 1):
-            served.set(1 - status, {"model": given.model})
+            gauges.set(served, 1 - status, {"model": given.model})
         else:
             print(f"no answer (status {status}); the metric stays as it was", flush=True)
     return 0

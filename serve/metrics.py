@@ -68,6 +68,8 @@ class RayMetrics(Metrics):
         super().__init__()
         from ray.serve import metrics
 
+        from clip_ray.runtime.metrics import Gauges
+
         self._requests = metrics.Counter(
             "clip_requests", "answered requests", tag_keys=_keys("route", "status")
         )
@@ -86,6 +88,7 @@ class RayMetrics(Metrics):
         self._stages = metrics.Histogram(
             "clip_stage_ms", "time of a stage", LATENCY_BOUNDS_MS, tag_keys=("stage",)
         )
+        self._gauges = Gauges()
         self._target_failed = metrics.Gauge(
             "clip_target_failed", "1 where the replica could not load its target", tag_keys=_keys()
         )
@@ -113,7 +116,7 @@ class RayMetrics(Metrics):
 
     def target(self, failed: bool) -> None:  # noqa: D102
         super().target(failed)
-        self._target_failed.set(int(failed))
+        self._gauges.set(self._target_failed, int(failed), {})
 
 
 def _keys(*names: str) -> Any:

@@ -33,7 +33,7 @@ from clip_ray.runtime.progress import ProgressLine
 from clip_ray.runtime.pulse import STRAGGLES, Hang, Health, Pulse, Stragglers, end_process
 from clip_ray.runtime.recorder import send_event
 from clip_ray.runtime.room import Room
-from clip_ray.runtime.worker import Job, Result, run_worker
+from clip_ray.runtime.worker import COMMIT_TIMEOUT_S, Job, Result, run_worker
 from clip_ray.tracking import Tracker
 from clip_ray.train.checkpoint import Checkpoints
 from clip_ray.train.hooks import Outcome
@@ -157,7 +157,11 @@ class _Group:
             driver=driver,
             group=self._name,
         )
-        self._health = Health(config.cluster.hang_timeout_s, config.cluster.collective_timeout_s)
+        self._health = Health(
+            config.cluster.hang_timeout_s,
+            slow_s=config.cluster.collective_timeout_s,
+            ending_s=1.1 * COMMIT_TIMEOUT_S,
+        )
         self._room = Room(config.cluster, share)
         self._stragglers = Stragglers()
         self._asked = self._hung = False

@@ -2,11 +2,12 @@
 
 Ray's agent on each node exports them with the prefix `ray_`, counters with `_total` behind. The
 recorder sets them: all of a run's rows pass through it, and it outlives the workers. Times are
-points in time (`time() - x` is an age): a gauge that nobody sets any more would stand still.
+points in time (`time() - x` is an age), so that nobody has to count.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -60,6 +61,42 @@ ALIAS_SERVED = Series(
 )
 
 Make = Callable[[Series], Any]
+# Ray's agent drops a gauge that was not set for two of its reports, 20 s: of a run that stands
+# still, or a fact that rarely changes, nothing would be left to alert on.
+REFRESH_S = 5.0
+
+
+class Gauges:
+    """Sets gauges, and sets them again every few seconds for as long as the process lives.
+
+    Args:
+        every_s: how often; none = whenever `refresh` is called.
+    """
+
+    def __init__(self, every_s: float | None = REFRESH_S) -> None:
+        self._lock = threading.Lock()
+        self._last: dict[tuple[int, frozenset[tuple[str, str]]], Any] = {}
+        if every_s is not None:
+            thread = threading.Thread(target=self._keep, args=(every_s,), name="gauges")
+            thread.daemon = True
+            thread.start()
+
+    def set(self, gauge: Any, value: float, tags: dict[str, str]) -> None:
+        """Set a gauge of Ray's, now and from now on."""
+        with self._lock:
+            self._last[id(gauge), frozenset(tags.items())] = (gauge, value, tags)
+            gauge.set(value, tags)
+
+    def refresh(self) -> None:
+        """Set all of them again."""
+        with self._lock:
+            for gauge, value, tags in self._last.values():
+                gauge.set(value, tags)
+
+    def _keep(self, every_s: float) -> None:
+        while True:
+            time.sleep(every_s)
+            self.refresh()
 
 
 def make_in_ray(series: Series) -> Any:
@@ -76,12 +113,18 @@ class TrainingMetrics:
         run: the run's name.
         make: makes a metric.
         clock: seconds since 1970.
+        gauges: sets the gauges; none = every few seconds.
     """
 
     def __init__(
-        self, run: str, make: Make = make_in_ray, clock: Callable[[], float] = time.time
+        self,
+        run: str,
+        make: Make = make_in_ray,
+        clock: Callable[[], float] = time.time,
+        gauges: Gauges | None = None,
     ) -> None:
         self._tags, self._clock = {"run": run}, clock
+        self._gauges = gauges or Gauges()
         self._metrics = {series: make(series) for series in TRAINING}
         self._begun = False
         self._set(ACTIVE, 0)
@@ -133,7 +176,7 @@ class TrainingMetrics:
                 self._set(series, row[key])
 
     def _set(self, series: Series, value: float) -> None:
-        self._metrics[series].set(value, self._tags)
+        self._gauges.set(self._metrics[series], value, self._tags)
 
     def _add(self, series: Series, value: float, **labels: str) -> None:
         if value > 0:  # Ray refuses to add nothing

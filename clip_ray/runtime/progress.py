@@ -52,7 +52,8 @@ def start_block(
                     f"{_free(run.store.uri, model_bytes * kept)}"),
         ("MLflow", mlflow),
         ("logs", f"{run.store.uri}/events.jsonl; Ray's: {ray_logs()}"),
-        ("stop", "Ctrl-C or SIGTERM: commits, then ends"),
+        ("stop", "Ctrl-C or SIGTERM, or from elsewhere python jobs/stop.py "
+                 f"{run.store.uri}: commits, then ends"),
         ("follow", f"tail -f {run.store.uri}/metrics.jsonl"),
         ("resume", " ".join(command)),
     ]  # fmt: skip

@@ -160,10 +160,11 @@ class Health:
     Args:
         hang_s: seconds without a step after which a group hangs; none = by the median step.
         slow_s: seconds that a checkpoint, a trace or a wait for data may take.
+        ending_s: seconds that the last commit may take.
     """
 
-    def __init__(self, hang_s: float | None, slow_s: float) -> None:
-        self._hang_s, self._slow_s = hang_s, slow_s
+    def __init__(self, hang_s: float | None, slow_s: float, ending_s: float) -> None:
+        self._hang_s, self._slow_s, self._ending_s = hang_s, slow_s, ending_s
         self._steps: deque[float] = deque(maxlen=50)
         self._seen = 0
         self._suspect: int | None = None
@@ -219,7 +220,8 @@ class Health:
         last = last_mover(pulses)
         bound = self.bound_s
         if last.phase in _SLOW:
-            bound = max(bound, self._slow_s)
+            own = self._ending_s if last.phase == "ending" else self._slow_s
+            bound = max(bound, own)
         if min(p.still_s + p.age_s for p in pulses) <= bound:
             return None
         others = sorted({p.phase for p in pulses if p is not last})

@@ -286,8 +286,10 @@ class _Attempt:
             stream.close()
         self._heart.moved(outcome.progress.step, "ending")
         self._join_writer(COMMIT_TIMEOUT_S)
-        while self._failing_since is not None:  # the last one is not to be done without
+        # The last one is not to be done without.
+        while outcome.committed and self._failing_since is not None:
             time.sleep(FINAL_PAUSE_S)
+            self._heart.moved(outcome.progress.step, "ending")
             self._begin_commit(outcome.progress, parts=1)
             self._join_writer(COMMIT_TIMEOUT_S)
         self._reporter.drain(JOURNAL_TIMEOUT_S)

@@ -15,6 +15,7 @@ PHASES = ("data_wait", "copy", "forward", "loss", "backward", "optimizer", "chec
 Word = Literal["stop", "yield", "commit"]
 WORDS: tuple[Word, ...] = get_args(Word)
 Reason = Literal["finished", "stopped", "yielded", "bad-data", "nonfinite"]
+COMMITTED: tuple[Reason, ...] = ("finished", "stopped", "yielded")
 
 
 class Hooks(Protocol):
@@ -53,3 +54,8 @@ class Outcome:
     reason: Reason
     progress: Progress
     detail: str = ""
+
+    @property
+    def committed(self) -> bool:
+        """Whether the state at such an end is committed."""
+        return self.reason in COMMITTED

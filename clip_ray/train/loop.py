@@ -25,12 +25,11 @@ from clip_ray.data.plan import sample_hash
 from clip_ray.errors import TrainingError
 from clip_ray.model.vision import mix
 from clip_ray.optim import clamp_logit_scale, learning_rate
-from clip_ray.train.hooks import PHASES, WORDS, Hooks, Outcome, Reason, Word
+from clip_ray.train.hooks import COMMITTED, PHASES, WORDS, Hooks, Outcome, Reason, Word
 from clip_ray.train.state import Progress, gathered_digests
 
 _DIGEST_PIECES = 6
 _PIECE_BITS = 11  # six 11-bit pieces hold 64 bits; their sums over 8,000 workers fit 24 bits
-_GOOD = ("finished", "stopped", "yielded")  # ends that are committed
 MIN_SEEN = 1000  # samples before the share of bad ones is judged
 
 
@@ -136,10 +135,10 @@ def train(
             progress, result, nonfinite_in_a_row, config, total_steps, samples_per_pass
         )
         due = due or progress.step % config.checkpoint.every_steps == 0 or "commit" in result.asked
-        if reason in _GOOD and not result.finite and not _is_finite(model):
+        if reason in COMMITTED and not result.finite and not _is_finite(model):
             reason = "nonfinite"  # the weights themselves are broken: the last commit is better
         # Amid steps that are not finite the weights may be what is wrong: a commit waits.
-        if reason in _GOOD or (reason is None and due and result.finite):
+        if reason in COMMITTED or (reason is None and due and result.finite):
             _refuse_divergence(model, progress.step)
             hooks.commit(progress)
             clock.mark("checkpoint")

@@ -247,7 +247,8 @@ def test_a_soak_of_ten_faults(jobs, undisturbed):
     summary = jobs.summary("soak")
     print(
         f"{happened}: {time.time() - begun:.0f} s, {summary['attempts']} attempts, "
-        f"{summary['recomputed_steps']} steps computed again, ETTR {summary['ettr']:.2f}"
+        f"{summary['recomputed_steps']} steps computed again, ETTR {summary['ettr']:.2f}; "
+        f"{summary['recoveries']}"
     )
     assert len(happened) >= 10 and summary["attempts"] >= 8
     proof = verify(run)

@@ -22,7 +22,7 @@ _TOKEN = re.compile(
     r"|(?P<string>\"[^\"]*\")|(?P<op>=~|!~|!=|==|>=|<=|[-+*/<>=(){}\[\],]))"
 )
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-_PRECEDENCE = {"and": 1, **dict.fromkeys(("==", "!=", ">", "<", ">=", "<="), 2)}
+_PRECEDENCE = {"and": 1, "unless": 1, **dict.fromkeys(("==", "!=", ">", "<", ">=", "<="), 2)}
 _PRECEDENCE |= {"+": 3, "-": 3, "*": 4, "/": 4}
 _OPERATIONS: dict[str, Any] = {
     "+": lambda a, b: a + b,
@@ -55,6 +55,10 @@ class Samples:
         """Add a sample; the times of a series rise."""
         key = (name, frozenset(labels.items()))
         self.series.setdefault(key, []).append((time, value))
+
+    def gone(self, name: str, time: float, **labels: str) -> None:
+        """Note that a scrape did not find a series that an earlier one had."""
+        self.add(name, time, math.nan, **labels)
 
     def named(self, name: str) -> Iterator[tuple[Labels, list[tuple[float, float]]]]:
         """Yield the series of a name."""
@@ -214,7 +218,7 @@ class _Parser:
         found = {}
         for labels, samples in self._selected(name, matchers):
             recent = [v for t, v in samples if self._at - LOOKBACK_S < t <= self._at]
-            if recent:
+            if recent and not math.isnan(recent[-1]):
                 found[labels] = recent[-1]
         return found
 
@@ -223,7 +227,11 @@ class _Parser:
     ) -> Vector:
         found = {}
         for labels, samples in self._selected(name, matchers):
-            inside = [(t, v) for t, v in samples if self._at - window < t <= self._at]
+            inside = [
+                (t, v)
+                for t, v in samples
+                if self._at - window < t <= self._at and not math.isnan(v)
+            ]
             if len(inside) > 1:
                 increase = _extrapolated(inside, self._at - window, self._at)
                 found[labels] = increase / window if is_rate else increase
@@ -292,9 +300,9 @@ def _combine(
     def key(labels: Labels) -> Labels:
         return labels if on is None else frozenset(item for item in labels if item[0] in on)
 
-    if operator == "and":
-        there = {key(labels) for labels in _vector(right)}
-        return {labels: v for labels, v in _vector(left).items() if key(labels) in there}
+    if operator in ("and", "unless"):
+        there, kept = {key(labels) for labels in _vector(right)}, operator == "and"
+        return {ls: v for ls, v in _vector(left).items() if (key(ls) in there) == kept}
     pairs: list[tuple[Labels, float, float]]
     if isinstance(right, float):
         pairs = [(labels, value, right) for labels, value in _vector(left).items()]
@@ -304,6 +312,6 @@ def _combine(
         others = {key(labels): value for labels, value in right.items()}
         pairs = [(key(ls), v, others[key(ls)]) for ls, v in left.items() if key(ls) in others]
     if compares:
-        kept = [(labels, a if isinstance(left, dict) else b, a, b) for labels, a, b in pairs]
-        return {labels: value for labels, value, a, b in kept if _OPERATIONS[operator](a, b)}
+        own = [(labels, a if isinstance(left, dict) else b, a, b) for labels, a, b in pairs]
+        return {labels: value for labels, value, a, b in own if _OPERATIONS[operator](a, b)}
     return {labels: float(_OPERATIONS[operator](a, b)) for labels, a, b in pairs}

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import yaml
 
-from clip_ray.runtime.metrics import Series, TrainingMetrics
+from clip_ray.runtime.metrics import REFRESH_S, Gauges, Series, TrainingMetrics
 from tests.cluster.promql import Samples, evaluate, firing
 
 FOLDER = Path(__file__).resolve().parents[2] / "cluster/observability"
 START = 1_700_000_000.0
 SCRAPE_S = 15.0
+FORGOTTEN_S = 20.0  # Ray's agent exports no gauge that was not set for so long
 RULES = {
     rule["alert"]: rule
     for group in yaml.safe_load((FOLDER / "alerts.yaml").read_text())["groups"]
@@ -73,6 +74,7 @@ def test_the_evaluator_groups_joins_and_matches():
     assert evaluate('sum by (run) (m{phase!~"x|z"})', samples, START) == {a: 2}
     assert evaluate("sum by (run) (m) > 3", samples, START) == {b: 4}
     assert evaluate("sum by (run) (m) > 2 and on (run) on == 1", samples, START) == {a: 3}
+    assert evaluate("sum by (run) (m) > 2 unless on (run) on == 1", samples, START) == {b: 4}
     assert evaluate("sum by (run) (m) / sum by (run) (m)", samples, START) == {a: 1, b: 1}
     assert evaluate("m", samples, START + 301) == {}  # gone
 
@@ -107,27 +109,32 @@ def test_an_alert_fires_only_when_it_holds_for_its_time():
 
 
 class Recorded:
-    """A run's journal rows through the exporter of the code, scraped as Prometheus would."""
+    """A run's journal rows through the exporter of the code, scraped as Prometheus would.
 
-    def __init__(self) -> None:
+    Args:
+        refreshed: gauges are set again every few seconds, as the exporter's thread does.
+    """
+
+    def __init__(self, refreshed: bool = True) -> None:
         self.samples, self.now = Samples(), START
-        self._values: dict[tuple[Series, frozenset[tuple[str, str]]], float] = {}
-        self._scraped = START - SCRAPE_S
-        self._metrics = TrainingMetrics("clip", self._make, lambda: self.now)
+        self._values: dict[tuple[Series, frozenset[tuple[str, str]]], tuple[float, float]] = {}
+        self._scraped, self._set_again, self._refreshed = START - SCRAPE_S, START, refreshed
+        self._gauges = Gauges(every_s=None)
+        self._metrics = TrainingMetrics("clip", self._make, lambda: self.now, self._gauges)
         self._step = 0
 
     def _make(self, series: Series) -> Any:
-        values = self._values
+        run = self
 
         class Metric:
             def set(self, value: float, tags: dict[str, str]) -> None:
                 assert series.kind == "Gauge" and set(tags) == set(series.labels)
-                values[series, frozenset(tags.items())] = value
+                run._values[series, frozenset(tags.items())] = (value, run.now)
 
             def inc(self, value: float, tags: dict[str, str]) -> None:
                 assert series.kind == "Counter" and set(tags) == set(series.labels)
                 key = (series, frozenset(tags.items()))
-                values[key] = values.get(key, 0) + value
+                run._values[key] = (run._values.get(key, (0, 0))[0] + value, run.now)
 
         return Metric()
 
@@ -136,8 +143,15 @@ class Recorded:
         until = self.now + seconds
         while self._scraped + SCRAPE_S <= until:
             self._scraped += SCRAPE_S
-            for (series, labels), value in self._values.items():
-                self.samples.add(series.exported, self._scraped, value, **dict(labels))
+            self.now = self._scraped
+            if self._refreshed and self.now - self._set_again >= REFRESH_S:
+                self._set_again = self.now
+                self._gauges.refresh()
+            for (series, labels), (value, at) in self._values.items():
+                if series.kind == "Counter" or self.now - at <= FORGOTTEN_S:
+                    self.samples.add(series.exported, self.now, value, **dict(labels))
+                else:
+                    self.samples.gone(series.exported, self.now, **dict(labels))
         self.now = until
         return self
 
@@ -271,6 +285,17 @@ def one(name: str, value: float, **labels: str) -> Samples:
     return gauges(value, only=(name, labels))
 
 
+def wanted(target: float, *healthy: float) -> Samples:
+    """So many replicas are wanted, and those that there are say whether they are healthy."""
+    names = {f"r{i}": value for i, value in enumerate(healthy)}
+    app = {"application": "clip", "deployment": "clip"}
+    replicas = {
+        name: ("ray_serve_deployment_replica_healthy", app | {"replica": name}) for name in names
+    }
+    target_of = ("ray_serve_autoscaling_target_replicas", app)
+    return gauges(target, *names.values(), target=target_of, **replicas)
+
+
 def disk(used: float) -> Samples:
     node = {"instance": "n1"}
     return gauges(
@@ -291,8 +316,8 @@ SERVING: dict[str, tuple[list[Samples], list[Samples]]] = {
     "ClipServingSlow": ([served(slow=0.5)], [served(), served(slow=0.05)]),
     "ClipServingRejects": ([served(rejected=1)], [served(), served(rejected=0.3)]),
     "ClipReplicaUnhealthy": (
-        [one("ray_serve_deployment_replica_healthy", 0, **GIVEN)],
-        [one("ray_serve_deployment_replica_healthy", 1, **GIVEN)],
+        [wanted(2, 1, 0), wanted(2, 1), wanted(1)],
+        [wanted(2, 1, 1), wanted(1, 1, 1), wanted(0), one("ray_clip_target_failed", 0, **GIVEN)],
     ),
     "ClipReplicaTargetFailed": (
         [
@@ -325,6 +350,12 @@ def test_an_alert_of_serving_fires_when_it_should_and_only_then(alert: str):
     # What has begun a moment ago wakes nobody.
     (number, unit) = re.fullmatch(r"(\d+)(m)", RULES[alert]["for"]).groups()
     assert int(number) >= 2 and unit == "m"
+
+
+def test_gauges_that_nobody_sets_again_would_leave_nothing_to_alert_on():
+    """The negative control of the exporter's thread: what Ray's agent forgets fires nothing."""
+    run = Recorded(refreshed=False).event("attempt").steps(30).wait(1200)
+    assert firing(RULES["ClipTrainStuck"], run.samples, run.now) == set()
 
 
 def test_every_rule_is_tried():

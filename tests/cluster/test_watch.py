@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ def test_it_exports_yes_no_and_leaves_the_rest_as_it_was(monkeypatch, capsys):
 
     monkeypatch.setattr(watch, "look", look)
     monkeypatch.setattr(watch, "make_in_ray", lambda series: gauge)
+    monkeypatch.setattr(watch, "Gauges", partial(watch.Gauges, None))
     monkeypatch.setattr(watch.ray, "init", lambda *args, **kwargs: None)
     given = ["watch.py", "--model", "clip", "--every", "0", "--times", "5", "--app", "a"]
     monkeypatch.setattr(sys, "argv", given)
