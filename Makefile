@@ -8,7 +8,7 @@ STORAGE ?= runs
 TORCH_INDEX ?=
 TORCH_PIN := $(shell grep '^torch==' constraints.txt)
 NOT_SELECTED := not slow and not chaos and not bench and not gpu
-JOBS := tests/runtime/test_pretrain.py
+JOBS := tests/runtime/test_pretrain.py tests/runtime/test_jobs.py tests/runtime/test_stop.py
 
 .PHONY: help install quickstart serve serve-down cluster-up cluster-down package test test-slow test-gpu chaos lint format ui bench clean
 
@@ -64,7 +64,7 @@ package: install  ## the code as a zip for working_dir, for clusters without our
 test: install  ## unit and Ray integration tests (under 15 minutes on 2 cores)
 	@# Training jobs wait much for processes to start; the other tests run beside them.
 	@others=$$(mktemp); \
-	$(BIN)/python -m pytest -m "$(NOT_SELECTED)" --ignore $(JOBS) >"$$others" 2>&1 & beside=$$!; \
+	$(BIN)/python -m pytest -m "$(NOT_SELECTED)" $(addprefix --ignore=,$(JOBS)) >"$$others" 2>&1 & beside=$$!; \
 	trap 'kill $$beside 2>/dev/null' INT TERM; \
 	echo "the other tests run beside these, their output follows"; \
 	$(BIN)/python -m pytest -m "$(NOT_SELECTED)" $(JOBS); jobs=$$?; \
