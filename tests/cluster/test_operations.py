@@ -44,6 +44,7 @@ def blocks(page: str, kind: str) -> list[str]:
 # ---------------------------------------------------------------------- the restore drill
 
 
+@pytest.mark.slow
 def test_the_drill_as_the_page_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     digests = []

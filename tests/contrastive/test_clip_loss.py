@@ -360,6 +360,7 @@ def test_a_locked_tower_leaves_the_others_gradients_as_they_are(lock: str, world
         check_exact(list(answers), expected)
 
 
+@pytest.mark.slow
 def test_fused_tiles_are_the_same_loss() -> None:
     """torch.compile of what is done to each tile; ragged tiles, a void row."""
     valid = torch.tensor([False] + [True] * 32)
