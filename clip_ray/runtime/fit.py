@@ -236,7 +236,7 @@ class _Group:
 
     def _watch_workers(self) -> None:
         """End a worker that hangs; ask the group to yield where the cluster changes."""
-        pulses = self._watch.pulses(self._name, stacks=self._health.suspects)
+        pulses = self._watch.pulses(self._name)
         hang = None if self._hung else self._health.judge(pulses)
         if hang is not None:
             self._hung = True  # the group ends: what was last heard of it says nothing more
@@ -303,10 +303,10 @@ class _Watch:
         call = self._recorder.ask if self._inbox.wants_commit else self._recorder.forget
         call.remote("commit")
 
-    def pulses(self, group: str, stacks: bool) -> list[Pulse]:
+    def pulses(self, group: str) -> list[Pulse]:
         """Return the last sign of life of each worker."""
         try:
-            found: list[Pulse] = ray.get(self._recorder.pulses.remote(group, stacks), timeout=30)
+            found: list[Pulse] = ray.get(self._recorder.pulses.remote(group), timeout=30)
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
             return []
         return found

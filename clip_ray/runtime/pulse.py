@@ -34,6 +34,7 @@ FIRST_STEPS = 3  # steps whose time says nothing yet
 FIRST_S = 600.0  # the bound for these
 COMPARE_S = 30.0  # between two comparisons of the ranks
 STRAGGLES = 1.5  # times the median, above which a rank is named
+STACK_S = 4.0  # still for so long, a rank sends its stack: before anybody calls it hung
 SILENT_S = 60.0  # a rank that starts is heard too
 # Phases that may take long while the other ranks wait, within bounds of their own.
 _SLOW = ("starting", "data_wait", "checkpoint", "profile", "ending")
@@ -56,7 +57,7 @@ class Pulse:
         steps: steps of this attempt.
         compute_s: seconds of them in its own work: copies and forward passes.
         wait_s: seconds of them in waits for data.
-        stack: its training thread's, where it was asked for.
+        stack: its training thread's, once it has been still for long.
     """
 
     rank: int
@@ -95,7 +96,6 @@ class Heart:
         self._worked = (0, 0.0, 0.0)
         self._training = threading.get_ident()
         self._ended = threading.Event()
-        self._call: Any = None
         context = ray.get_runtime_context()
         self._node, self._host = context.get_node_id(), ray.util.get_node_ip_address()
         threading.Thread(target=self._beat, name="heart", daemon=True).start()
@@ -125,12 +125,10 @@ class Heart:
 
     def _send(self) -> None:
         step, phase, since = self._where
-        stack = ""
-        if self._call is not None:
-            ready, _ = ray.wait([self._call], timeout=0)
-            if ready and ray.get(self._call):
-                frame = sys._current_frames().get(self._training)
-                stack = "".join(traceback.format_stack(frame)) if frame else ""
+        still_s, stack = time.monotonic() - since, ""
+        if still_s > STACK_S and phase != "ended":
+            frame = sys._current_frames().get(self._training)
+            stack = "".join(traceback.format_stack(frame)) if frame else ""
         pulse = Pulse(
             self._rank,
             os.getpid(),
@@ -138,12 +136,12 @@ class Heart:
             self._host,
             step,
             phase,
-            time.monotonic() - since,
+            still_s,
             0.0,
             *self._worked,
             stack,
         )
-        self._call = self._recorder.beat.remote(self._group, pulse)
+        self._recorder.beat.remote(self._group, pulse)
 
 
 @dataclass(frozen=True)
@@ -175,11 +173,6 @@ class Health:
             self._seen += 1
             if self._seen > FIRST_STEPS:
                 self._steps.append(row["step_s"])
-
-    @property
-    def suspects(self) -> bool:
-        """Tell whether the last look found a rank that may hang."""
-        return self._suspect is not None
 
     @property
     def bound_s(self) -> float:

@@ -40,7 +40,7 @@ class Recorder:
         self._taken: dict[str, int] = {}
         self._asked: set[Word] = set()
         self._mailbox: dict[str, Any] = {}
-        self._group, self._stacks = "", False
+        self._group = ""
         self._pulses: dict[int, tuple[float, Pulse]] = {}
         self._flushed = time.monotonic()
         self._durable: dict[str, int] = {}
@@ -105,18 +105,16 @@ class Recorder:
         if self._metrics is not None:
             self._metrics.ended()
 
-    def beat(self, group: str, pulse: Pulse) -> bool:
-        """Take a rank's sign of life; return whether its stack is wanted."""
+    def beat(self, group: str, pulse: Pulse) -> None:
+        """Take a rank's sign of life."""
         if group != self._group:
-            self._group, self._pulses, self._stacks = group, {}, False
+            self._group, self._pulses = group, {}
         self._pulses[pulse.rank] = (time.monotonic(), pulse)
-        return self._stacks
 
-    def pulses(self, group: str, stacks: bool = False) -> list[Pulse]:
-        """Return the last sign of life of each rank of a group; ask for stacks from now on."""
+    def pulses(self, group: str) -> list[Pulse]:
+        """Return the last sign of life of each rank of a group."""
         if group != self._group:
             return []
-        self._stacks = stacks
         now = time.monotonic()
         return [replace(pulse, age_s=now - at) for at, pulse in self._pulses.values()]
 

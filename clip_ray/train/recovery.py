@@ -20,7 +20,8 @@ def recoveries(metrics: Sequence[Row], events: Sequence[Row]) -> dict[str, dict[
     """Return how often each cause has ended an attempt, and the time that was lost by it.
 
     Lost is the time from the last step that counts to the first step of the next attempt, less
-    that step itself: work that was done again, and the new start.
+    that step itself: work that was done again, and the new start; for a job that was restarted
+    also the time in which there was none.
 
     Args:
         metrics: rows of the journal of steps.

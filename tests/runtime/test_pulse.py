@@ -8,10 +8,22 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from unittest.mock import MagicMock
 
 import pytest
 
-from clip_ray.runtime.pulse import FIRST_S, Health, Pulse, Stragglers, _signal, last_mover
+from clip_ray.runtime.pulse import (
+    BEAT_S,
+    FIRST_S,
+    HANG_S,
+    STACK_S,
+    Health,
+    Heart,
+    Pulse,
+    Stragglers,
+    _signal,
+    last_mover,
+)
 
 
 def pulse(rank: int, step: int = 9, phase: str = "loss", still: float = 0, age: float = 0) -> Pulse:
@@ -96,7 +108,6 @@ def test_ranks_that_have_ended_do_not_hang():
 def test_a_suspicion_that_passes_is_forgotten():
     made, hung, fine = health(), [pulse(0, still=9)], [pulse(0)]
     assert [made.judge(p) for p in (hung, fine, hung)] == [None] * 3
-    assert not health().suspects and made.suspects
 
 
 def test_the_slowest_rank_is_told_from_its_own_work(monkeypatch):
@@ -127,6 +138,25 @@ def test_the_slowest_rank_is_told_from_its_own_work(monkeypatch):
     }
     assert at(93, 20, *ranks) is None  # no step since
     assert at(124, 30, ranks[0]) is None  # one rank is compared with nobody
+
+
+def test_a_rank_that_is_still_sends_its_stack(monkeypatch):
+    """Before it is called hung, and without being asked: who is killed then can tell no more."""
+    assert STACK_S + 2 * BEAT_S < HANG_S
+    recorder = MagicMock()
+    monkeypatch.setattr("clip_ray.runtime.pulse.ray", MagicMock())
+    monkeypatch.setattr("clip_ray.runtime.pulse.threading.Thread", MagicMock())
+    heart = Heart(recorder, "group", rank=3, world_size=4)
+    heart.moved(7, "forward")
+    _, since = heart._where[1:]
+    sent = []
+    for later in (STACK_S / 2, 2 * STACK_S):
+        monkeypatch.setattr("clip_ray.runtime.pulse.time.monotonic", lambda at=since + later: at)
+        heart._send()
+        sent.append(recorder.beat.remote.call_args.args[1])
+    assert [(p.rank, p.step, p.phase) for p in sent] == [(3, 7, "forward")] * 2
+    assert [p.still_s for p in sent] == pytest.approx([STACK_S / 2, 2 * STACK_S])
+    assert sent[0].stack == "" and "test_a_rank_that_is_still_sends_its_stack" in sent[1].stack
 
 
 def test_only_a_worker_of_ray_is_killed():
