@@ -255,7 +255,10 @@ def _share_with_room(config: ClusterConfig, wants_gpu: bool) -> tuple[Share | No
     counts = config.worker_counts
     while True:
         config = config.model_copy(update={"num_workers": (counts[0], counts[-1])})
-        found, problem = share_of(free_resources(), usable_nodes(), config, wants_gpu)
+        nodes = usable_nodes()
+        found, problem = share_of(free_resources(), nodes, config, wants_gpu)
+        if found is not None and (problem := missing_readers(found, config, nodes)):
+            return None, problem
         if found is None or _has_room(found):
             return found, problem
         counts = range(counts[0], found.num_workers)
@@ -264,6 +267,34 @@ def _share_with_room(config: ClusterConfig, wants_gpu: bool) -> tuple[Share | No
                 f"{found.describe()}: no node has room for the last of the workers; lower "
                 "cluster.num_workers or cluster.cpus_per_worker"
             )
+
+
+def missing_readers(share: Share, config: ClusterConfig, nodes: list[dict[str, Any]]) -> str:
+    """Say which CPUs are not there yet on the nodes that alone may read; "" = none.
+
+    Args:
+        share: what the run may use.
+        config: what is asked for.
+        nodes: as `ray.nodes()` returns them.
+    """
+    label = label_of(config)
+    if label is None:
+        return ""
+    there, asked = sum(spare_cpus(share, label, nodes)), config.data_cpus or 1.0
+    if there >= asked:
+        return ""
+    return (
+        f"asked: {asked:g} CPU for data on nodes with the label {config.data_label}; there are "
+        f"{there:g}: lower cluster.data_cpus, add such nodes, or leave cluster.data_label out"
+    )
+
+
+def label_of(config: ClusterConfig) -> tuple[str, str] | None:
+    """Return key and value of the label of the nodes that alone may read."""
+    if config.data_label is None:
+        return None
+    key, _, value = config.data_label.partition("=")
+    return key, value
 
 
 def _has_room(share: Share) -> bool:
@@ -366,10 +397,7 @@ def deal_streams(share: Share, config: ClusterConfig, nodes: list[dict[str, Any]
     Raises:
         ClusterError: a stream would have no CPU, or no worker to serve.
     """
-    label = None
-    if config.data_label is not None:
-        key, _, value = config.data_label.partition("=")
-        label = (key, value)
+    label = label_of(config)
     spare = spare_cpus(share, label, nodes)
 
     def cpus_of(streams: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -15,7 +16,7 @@ from clip_ray.config.load import load_config
 from clip_ray.config.serving import AppSettings
 from clip_ray.errors import ConfigError
 from clip_ray.registry import Target
-from clip_ray.runtime.cluster import share_of
+from clip_ray.runtime.cluster import deal_streams, missing_readers, share_of
 from clip_ray.runtime.owner import read_config, replace_target
 from clip_ray.runtime.serve_config import check_declaration, haproxy_environment
 from tests.cluster.manifests import (
@@ -211,12 +212,43 @@ def test_the_pretraining_command_is_one_that_the_job_takes_and_its_cluster_can_m
     assert share is not None, problem
     assert share.num_workers == free["GPU"]
     # Without the decode workers the run waits for them, and without a GPU it is refused.
-    without = {"CPU": least[0]["CPU"], "GPU": free["GPU"]}
-    assert share_of(without, [], config.cluster, wants_gpu=True)[0] is None
+    nodes = [
+        {"NodeID": f"{group['groupName']}-{n}", "Alive": True, "Labels": group["labels"],
+         "Resources": offers(group, 1)}
+        for group in groups
+        for n in range(group["minReplicas"])
+    ]  # fmt: skip
+    assert missing_readers(share, config.cluster, nodes) == ""
+    assert missing_readers(share, config.cluster, nodes[:-1]) != ""
+    assert deal_streams(share, config.cluster, nodes).data_label == ("clip-ray/role", "decode")
     fewer = {"CPU": free["CPU"], "GPU": free["GPU"] - 1}
     assert share_of(fewer, [], config.cluster, wants_gpu=True)[0] is None
     with pytest.raises(ConfigError):
         load_config([*argv, "--cluster.nodes", "2"], default_recipe=None, program="x")
+
+
+def test_a_pod_that_goes_has_time_to_be_announced_and_the_run_to_commit():
+    from ray._private import ray_constants
+
+    name = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+    assert name in Path(ray_constants.__file__).read_text()  # Ray's own name for it
+    job = named("RayJob", "pretrain")
+    for group in ray_spec(job)["workerGroupSpecs"]:
+        spec = group["template"]["spec"]
+        env = {item["name"]: item["value"] for item in spec["containers"][0]["env"]}
+        assert 60 <= float(env[name]) < spec["terminationGracePeriodSeconds"]
+    text = (KUBERAY / "pretrain/rayjob.yaml").read_text()
+    assert '--cluster.num_workers "[8, 16]"' in text
+
+
+def test_no_page_says_what_is_no_longer_so():
+    pages = [*(ROOT / "cluster").rglob("*.md"), *(ROOT / "cluster").rglob("*.yaml")]
+    text = "\n".join(page.read_text() for page in [*pages, ROOT / "README.md"])
+    for stale in ("autoscaler for nothing", "counts what is there", "taken away ends the attempt"):
+        assert stale not in text
+    readme = (ROOT / "cluster/README.md").read_text()
+    assert "--cluster.data_label clip-ray/role=decode" in readme
+    assert '--cluster.num_workers "[8, 16]"' in readme
 
 
 def test_a_finished_job_costs_nothing_and_a_stopped_one_can_commit():

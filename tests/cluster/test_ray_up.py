@@ -19,7 +19,7 @@ from ray._private.label_utils import validate_node_labels
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from clip_ray.config.load import load_config
-from clip_ray.runtime.cluster import share_of
+from clip_ray.runtime.cluster import deal_streams, missing_readers, share_of
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "cluster/ray-up"
@@ -139,6 +139,28 @@ def test_the_nodes_kept_meet_the_command_in_the_head_of_the_file(cloud: str):
     assert share is not None, problem
     assert share.num_workers == least("gpu")["GPU"]
     assert share_of(least("decode"), [], config.cluster, wants_gpu=True)[0] is None
+    # Images are decoded on the decode nodes alone, and the run waits for all that are kept.
+    nodes = [
+        {"NodeID": f"{name}-{n}", "Alive": True, "Resources": node["resources"],
+         "Labels": node.get("labels", {})}
+        for name, node in read(cloud)["available_node_types"].items()
+        for n in range(node["min_workers"] if name != "head" else 1)
+    ]  # fmt: skip
+    assert missing_readers(share, config.cluster, nodes) == ""
+    fewer = [node for node in nodes if node["NodeID"] != "decode-1"]
+    assert "clip-ray/role=decode" in missing_readers(share, config.cluster, fewer)
+    assert deal_streams(share, config.cluster, nodes).stream_cpus == 60
+
+
+@pytest.mark.parametrize("cloud", CLOUDS)
+def test_the_spot_variant_is_a_range_down_to_one_node(cloud: str):
+    text = (FOLDER / f"{cloud}.yaml").read_text()
+    (variant,) = re.findall(r'--cluster\.num_workers "(\[[^]]*\])"', text)
+    types = read(cloud)["available_node_types"]
+    argv = ["--cluster.num_workers", variant, "--train.steps", "1"]
+    counts = load_config(argv, default_recipe=None, program="x").cluster.worker_counts
+    assert counts[0] == types["gpu_spot"]["resources"]["GPU"]
+    assert counts[-1] == 2 * counts[0] <= types["gpu_spot"]["max_workers"] * counts[0]
 
 
 @pytest.mark.parametrize("cloud", CLOUDS)

@@ -9,7 +9,7 @@ import pytest
 from clip_ray.config import ClusterConfig, Config, TrainConfig
 from clip_ray.errors import ClusterError
 from clip_ray.runtime import cluster
-from clip_ray.runtime.cluster import absolute, fit_to_gpus, local_share, share_of
+from clip_ray.runtime.cluster import absolute, fit_to_gpus, local_share, missing_readers, share_of
 from clip_ray.runtime.train import resolve
 
 
@@ -56,6 +56,23 @@ def test_a_range_takes_as_many_workers_as_there_is_room_for(cpus, gpus, workers)
 def test_less_than_the_least_of_a_range_is_refused():
     found, problem = share(9, 1, wants_gpu=True, num_workers=(2, 4))
     assert found is None and "asked: 2 workers" in problem
+
+
+def test_with_a_label_the_run_waits_for_nodes_that_have_it():
+    def node(name: str, gpus: float, **labels: str) -> dict[str, object]:
+        resources = {"CPU": 32.0} | ({"GPU": gpus} if gpus else {})
+        return {"NodeID": name, "Alive": True, "Resources": resources, "Labels": labels}
+
+    config = ClusterConfig(num_workers=8, data_cpus=40, data_label="role=decode")
+    found, _ = share_of({"CPU": 96, "GPU": 8}, [], config, True)
+    nodes = [node("a", 8), node("b", 0, role="decode")]
+    assert "asked: 40 CPU for data on nodes with the label role=decode; there are 32" in (
+        missing_readers(found, config, nodes)
+    )
+    assert missing_readers(found, config, [*nodes, node("c", 0, role="other")]) != ""
+    assert missing_readers(found, config, [*nodes, node("c", 0, role="decode")]) == ""
+    free = config.model_copy(update={"data_label": None})
+    assert missing_readers(found, free, []) == ""
 
 
 def test_a_local_ray_is_told_what_it_needs():
