@@ -29,7 +29,7 @@ _TEXT = {"type": "string"}
 _TEXTS = {"type": "object", "additionalProperties": _TEXT}
 _QUANTITY = {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?(m|[KMGTPE]i?)?$"}
 _QUANTITIES = {"type": "object", "additionalProperties": _QUANTITY, "minProperties": 1}
-_META = _closed(("name",), name=_TEXT, namespace=_TEXT, labels=_TEXTS)
+_META = _closed(("name",), name=_TEXT, namespace=_TEXT, labels=_TEXTS, annotations=_TEXTS)
 _LIMIT = _closed(("type",), type={"enum": ["Container"]}, default=_QUANTITIES,
                  defaultRequest=_QUANTITIES)  # fmt: skip
 _FLAVOR = _closed(
@@ -62,9 +62,42 @@ def _kind(version: str, kind: str, required: tuple[str, ...] = (), /, **fields: 
 
 
 _KUEUE = "kueue.x-k8s.io/v1beta2"
-# By hand, after Kubernetes' core/v1 and Kueue's CRDs, and closed: of their fields, those that ours
-# have.
+_SELECTOR = _closed(("matchLabels",), matchLabels=_TEXTS)
+_WORKLOAD = {"replicas": {"type": "integer", "minimum": 0}, "selector": _SELECTOR, "template": {}}
+_CLAIMS = {"type": "array", "items": {"type": "object"}}
+# By hand, after Kubernetes' core/v1, apps/v1, networking/v1 and Kueue's CRDs, and closed: of their
+# fields, those that ours have. What is `{}` or an object here is checked by KubeRay's schemas.
 OTHERS = {
+    "Service": _kind("v1", "Service", ("spec",), spec={"type": "object"}),
+    "ConfigMap": _kind("v1", "ConfigMap", ("data",), data=_TEXTS),
+    "ServiceAccount": _kind(
+        "v1", "ServiceAccount", automountServiceAccountToken={"type": "boolean"}
+    ),
+    "Deployment": _kind(
+        "apps/v1", "Deployment", ("spec",), spec=_closed(("selector", "template"), **_WORKLOAD)
+    ),
+    "StatefulSet": _kind(
+        "apps/v1",
+        "StatefulSet",
+        ("spec",),
+        spec=_closed(
+            ("serviceName", "selector", "template"),
+            **_WORKLOAD,
+            serviceName=_TEXT,
+            volumeClaimTemplates=_CLAIMS,
+        ),
+    ),
+    "NetworkPolicy": _kind(
+        "networking.k8s.io/v1",
+        "NetworkPolicy",
+        ("spec",),
+        spec=_closed(
+            ("podSelector", "ingress"),
+            podSelector=_SELECTOR,
+            ingress={"type": "array"},
+            policyTypes={"type": "array", "items": {"enum": ["Ingress", "Egress"]}},
+        ),
+    ),
     "ResourceQuota": _kind("v1", "ResourceQuota", ("spec",), spec=_closed(hard=_QUANTITIES)),
     "LimitRange": _kind(
         "v1", "LimitRange", ("spec",), spec=_closed(limits={"type": "array", "items": _LIMIT})
@@ -103,13 +136,16 @@ def validator(kind: str, *path: str) -> jsonschema.Draft202012Validator:
 
 
 POD = ("spec", "headGroupSpec", "template")
+SERVICE = ("spec", "headGroupSpec", "headService", "spec")
+CLAIM = (*POD, "spec", "volumes", "*", "ephemeral", "volumeClaimTemplate")
 INGRESS = ("spec", "networkPolicy", "head", "ingressRules")
 
 
 def faults(manifest: dict[str, Any]) -> list[str]:
-    """Return what KubeRay's schemas say against a manifest.
+    """Return what the schemas say against a manifest.
 
-    They hold Kubernetes' own pod template and ingress rules, by which other kinds are checked.
+    KubeRay's hold Kubernetes' own pod template, service, volume claim and ingress rules, by which
+    other kinds are checked.
     """
     kind, spec = manifest["kind"], manifest.get("spec", {})
     checks: list[tuple[jsonschema.Draft202012Validator, Any]] = []
@@ -117,10 +153,16 @@ def faults(manifest: dict[str, Any]) -> list[str]:
         checks.append((validator(kind), manifest))
     elif kind in OTHERS:
         checks.append((jsonschema.Draft202012Validator(OTHERS[kind]), manifest))
-    elif kind == "NetworkPolicy":
-        checks.append((validator("RayCluster", *INGRESS), spec["ingress"]))
-    elif "template" in spec:
-        checks.append((validator("RayCluster", *POD), spec["template"]))
+    else:
+        return [f"{kind}: no schema of it is here"]
+    if kind == "NetworkPolicy":
+        checks.append((validator("RayCluster", *INGRESS), spec.get("ingress")))
+    elif kind == "Service":
+        checks.append((validator("RayCluster", *SERVICE), spec))
+    elif kind in ("Deployment", "StatefulSet"):
+        checks.append((validator("RayCluster", *POD), spec.get("template")))
+        claims = spec.get("volumeClaimTemplates", [])
+        checks.extend((validator("RayCluster", *CLAIM), claim) for claim in claims)
     return [
         f"{kind} {'/'.join(map(str, error.absolute_path))}: {error.message[:200]}"
         for check, value in checks

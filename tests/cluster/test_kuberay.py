@@ -87,13 +87,37 @@ def test_a_required_field_is_missed():
     assert any("'groupName' is a required" in fault for fault in faults(cluster))
 
 
-def test_other_kinds_are_checked_too():
-    mlflow = named("Deployment", "companion")
-    mlflow["spec"]["template"]["spec"]["containers"][0]["port"] = 5000
-    assert any("'port' was unexpected" in fault for fault in faults(mlflow))
-    policy = named("NetworkPolicy", "dev")
-    policy["spec"]["ingress"][1]["port"] = 8265
-    assert any("'port' was unexpected" in fault for fault in faults(policy))
+@pytest.mark.parametrize(
+    ("kind", "folder", "path", "value", "word"),
+    [
+        ("Deployment", "companion", ("template", "spec", "containers", 0, "port"), 5000, "'port'"),
+        ("Deployment", "companion", ("replica",), 1, "'replica'"),
+        ("NetworkPolicy", "dev", ("ingress", 1, "port"), 8265, "'port'"),
+        ("NetworkPolicy", "dev", ("podSelectors",), {}, "'podSelectors'"),
+        ("Service", "serve", ("ports", 0, "targetport"), 6379, "'targetport'"),
+        ("Service", "serve", ("selectors",), {}, "'selectors'"),
+        ("Service", "serve", ("ports", 0, "port"), "6379", "'6379' is not of type 'integer'"),
+        ("StatefulSet", "serve", ("serviceNames",), "redis", "'serviceNames'"),
+        ("StatefulSet", "serve", ("volumeClaimTemplates", 0, "spec", "access"), [], "'access'"),
+        ("StatefulSet", "serve", ("template", "spec", "container"), [], "'container'"),
+    ],
+)
+def test_a_wrong_field_of_other_kinds_is_seen(
+    kind: str, folder: str, path: tuple[Any, ...], value: Any, word: str
+):
+    manifest = next(m for m in manifests(folder) if m["kind"] == kind)
+    assert faults(manifest) == []
+    place = manifest["spec"]
+    for name in path[:-1]:
+        place = place[name]
+    place[path[-1]] = value
+    assert any(word in fault for fault in faults(manifest)), faults(manifest)
+
+
+def test_a_kind_without_a_schema_and_a_wrong_version_are_seen():
+    assert "no schema" in faults({"kind": "DaemonSet", "metadata": {"name": "x"}})[0]
+    redis = named("StatefulSet", "serve")
+    assert any("'apps/v1' was expected" in f for f in faults(redis | {"apiVersion": "v1"}))
 
 
 def test_the_schemas_are_schemas():
@@ -305,6 +329,32 @@ def test_serving_pods_fit_the_replicas_and_have_haproxy_and_keys():
     assert group["template"]["spec"]["terminationGracePeriodSeconds"] > drain
     assert service["spec"]["upgradeStrategy"]["type"] == "NewCluster"
     assert ray_spec(service)["gcsFaultToleranceOptions"]["redisAddress"] == "redis:6379"
+
+
+def test_serving_pods_are_ready_when_their_proxy_is_and_answer_before_they_end():
+    from ray._private import ray_constants
+    from ray.serve._private.constants import DEFAULT_HTTP_PORT
+
+    service = named("RayService", "serve")
+    declared = yaml.safe_load(service["spec"]["serveConfigV2"])
+    (deployment,) = declared["applications"][0]["deployments"]
+    assert declared["http_options"]["port"] == DEFAULT_HTTP_PORT == 8000
+    (group,) = ray_spec(service)["workerGroupSpecs"]
+    spec = group["template"]["spec"]
+    (container,) = spec["containers"]
+    probe = container["readinessProbe"]
+    assert probe["httpGet"] == {"path": "/-/healthz", "port": 8000}
+    assert 8000 in [port["containerPort"] for port in container["ports"]]
+    assert probe["timeoutSeconds"] <= probe["periodSeconds"]
+    # `ray start` drains its node when it is told to end; `ray stop` ends the raylet at once.
+    assert "lifecycle" not in container
+    name = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+    assert name in Path(ray_constants.__file__).read_text()
+    env = {item["name"]: item["value"] for item in container["env"]}
+    drain = deployment["graceful_shutdown_timeout_s"]
+    assert drain + 30 < float(env[name]) < spec["terminationGracePeriodSeconds"]
+    # No traffic goes to the head.
+    assert service["spec"]["excludeHeadPodFromServeSvc"] is True
 
 
 def allowed(

@@ -138,6 +138,10 @@ def test_the_token_is_ours_alone_and_bad_numbers_are_refused(
     state = local.start(ours, 1, 1, 0, ray)
     assert Path(state["token"]).stat().st_mode & 0o777 == 0o600
     assert local.environment(state)["RAY_AUTH_MODE"] == "token"
+    # The dashboard, and with it the job API, listens on loopback.
+    (head,) = leaders(ours)
+    told = subprocess.run(["ps", "-o", "args=", "-ww", "-p", str(head)], stdout=subprocess.PIPE)
+    assert "--dashboard-host=127.0.0.1" in told.stdout.decode().split()
     assert local.main(["up", "--nodes", "0"]) == 2
     assert "--nodes 0" in capsys.readouterr().err
 

@@ -16,6 +16,7 @@ import jsonschema
 import pytest
 import yaml
 from ray._private.label_utils import validate_node_labels
+from ray.autoscaler._private.gcp.config import DEFAULT_SERVICE_ACCOUNT_ID
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from clip_ray.config.load import load_config
@@ -225,3 +226,17 @@ def test_the_roles_name_the_bucket_and_the_cluster_of_the_file():
         for node in read("aws")["available_node_types"].values()
     }
     assert profiles == {"clip-ray-head", "clip-ray-worker"}
+
+
+def test_google_nodes_that_touch_data_have_our_account_and_the_page_names_its_role():
+    config, text = read("gcp"), (FOLDER / "gcp.yaml").read_text()
+    project = config["provider"]["project_id"]
+    types = config["available_node_types"]
+    for name in ("gpu", "gpu_spot", "decode"):
+        (account,) = types[name]["node_config"]["serviceAccounts"]
+        assert account["email"] == f"clip-ray@{project}.iam.gserviceaccount.com"
+        assert account["scopes"] == ["https://www.googleapis.com/auth/cloud-platform"]
+    # Ray gives the head the account that it makes itself.
+    assert "serviceAccounts" not in types["head"]["node_config"]
+    assert DEFAULT_SERVICE_ACCOUNT_ID in text
+    assert "roles/storage.objectViewer" in text and "-o ro" in "".join(config["setup_commands"])

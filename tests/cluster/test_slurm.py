@@ -120,6 +120,9 @@ def test_ray_and_the_job_take_the_words(slurm: dict[str, str]):
     # symmetric-run sets these itself, and refuses them.
     assert not {"--head", "--node-ip-address", "--port", "--block"} & set(flags)
     assert words[words.index("--address") + 1] == "10.0.0.5:6379"
+    # Dashboard and job API stay where Ray puts them by itself: on loopback.
+    (host,) = (p for p in cli.commands["start"].params if "--dashboard-host" in p.opts)
+    assert host.default in ("127.0.0.1", "localhost") and not set(host.opts) & set(flags)
     script, *argv = (told / "job").read_text().splitlines()
     assert script == "jobs/pretrain.py"
     config = load_config(argv, default_recipe=None, program=script)
