@@ -8,8 +8,18 @@ import pytest
 
 from clip_ray import storage
 from clip_ray.config import S3Options
-from clip_ray.errors import ConfigError, DataError
-from clip_ray.storage import LocalStore, Store, digest_bytes, expand, open_store, split_uri
+from clip_ray.errors import ConfigError, DataError, StorageError
+from clip_ray.storage import (
+    ChangedError,
+    FileInfo,
+    LocalStore,
+    S3Store,
+    Store,
+    digest_bytes,
+    expand,
+    open_store,
+    split_uri,
+)
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -44,6 +54,46 @@ def test_info_tells_size_and_a_version_that_changes(store: Store) -> None:
     assert store.info("x.tar") == first
     store.write("x.tar", b"two")
     assert store.info("x.tar").version != first.version
+
+
+def test_a_read_may_ask_for_one_version(store: Store) -> None:
+    store.write("x.tar", b"one")
+    file = store.info("x.tar")
+    assert store.read("x.tar", 1, 3, file) == b"ne" and store.read("x.tar", expected=file) == b"one"
+    for other in (b"two", b"longer"):
+        store.write("x.tar", other)
+        with pytest.raises(ChangedError, match="expected 3 bytes, .*; now . bytes") as raised:
+            store.read("x.tar", 1, 3, file)
+        assert pickle.loads(pickle.dumps(raised.value)).now == store.info("x.tar")
+    # Beyond the end of what is there now.
+    long = FileInfo(file.path, 1000, file.version)
+    with pytest.raises(ChangedError):
+        store.read("x.tar", 500, 900, long)
+    store.delete("x.tar")
+    with pytest.raises(FileNotFoundError):
+        store.read("x.tar", 1, 3, file)
+
+
+def test_a_store_that_does_not_heed_if_match_is_seen_through(
+    s3: S3Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = S3Store(f"s3://bucket/{tmp_path.name}", s3)
+    store.write("x", b"one")
+    file = store.info("x")
+    get = store.reader._get
+    with monkeypatch.context() as patch:
+        patch.setattr(store.reader, "_get", lambda path, start, stop, _: get(path, start, stop, ""))
+        assert store.read("x", 0, 3, file) == b"one"
+        store.write("x", b"two")
+        with pytest.raises(ChangedError):
+            store.read("x", 0, 3, file)
+    # One that refuses the ETag that it names itself must not void a sample: no ChangedError.
+    file = store.info("x")
+    monkeypatch.setattr(
+        store.reader, "_get", lambda path, start, stop, _: get(path, start, stop, '"x"')
+    )
+    with pytest.raises(StorageError, match="refuses a read of that ETag"):
+        store.read("x", 0, 3, file)
 
 
 def test_what_is_missing_is_file_not_found(store: Store) -> None:

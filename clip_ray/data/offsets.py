@@ -26,7 +26,7 @@ from clip_ray.config.schema import S3Options
 from clip_ray.data.samples import Ints, Suffixes, digest_keys
 from clip_ray.data.tar import STRIDE, scan_tar
 from clip_ray.errors import DataError
-from clip_ray.storage import open_store, split_uri
+from clip_ray.storage import ChangedError, FileInfo, Store, open_store, split_uri
 
 FORMAT = 1
 LOCK_S = 600.0  # a shard of 10 GB at 20 MB/s; who waited longer walks the shard itself
@@ -66,6 +66,7 @@ def find_offsets(tar: Tar, suffixes: Suffixes, s3: S3Options | None) -> Found:
     """Return a tar's offsets: from this process, from this node, or from the tar itself.
 
     Raises:
+        ChangedError: it is another tar by now.
         OSError: the store failed.
     """
     name = json.dumps([FORMAT, STRIDE, asdict(tar), asdict(suffixes)])
@@ -86,8 +87,24 @@ def find_offsets(tar: Tar, suffixes: Suffixes, s3: S3Options | None) -> Found:
 
 def _walk(tar: Tar, suffixes: Suffixes, s3: S3Options | None) -> Found:
     folder, name = split_uri(tar.path)
+    store = open_store(folder, s3)
+    _require(store, name, tar)
+    found = _compare(tar, store, name, suffixes)
+    if found.problem:
+        # Of a tar that was replaced meanwhile, nothing is to be remembered.
+        _require(store, name, tar)
+    return found
+
+
+def _require(store: Store, name: str, tar: Tar) -> None:
+    now = store.info(name)
+    if (now.size, now.version) != (tar.size, tar.version):
+        raise ChangedError(FileInfo(tar.path, tar.size, tar.version), now)
+
+
+def _compare(tar: Tar, store: Store, name: str, suffixes: Suffixes) -> Found:
     try:
-        scan = scan_tar(tar.path, open_store(folder, s3), name, tar.size, suffixes)
+        scan = scan_tar(tar.path, store, name, tar.size, suffixes)
     except DataError as error:
         return Found(problem=str(error))
     if scan.truncated:

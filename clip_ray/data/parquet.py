@@ -7,6 +7,7 @@ raises OSError for both.
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,11 +23,17 @@ from clip_ray.config.schema import SourceConfig
 from clip_ray.data.quarantine import BadSample
 from clip_ray.data.samples import Ints, Sample, Scan, caption_of, skip
 from clip_ray.errors import DataError
-from clip_ray.storage import Store, split_uri
+from clip_ray.storage import FileInfo, Store, split_uri
 
 IMAGE_COLUMNS = ("image", "jpg", "png", "webp", "bytes")
 CAPTION_COLUMNS = ("txt", "caption", "text")
 KEY_COLUMNS = ("key", "__key__")
+
+
+_FOOTERS = 32  # of different files, kept by a process
+_FOOTER_BYTES = 1 << 20  # of one of them; in memory it takes some times as much
+_SPAN_BYTES = 32 << 20  # held in memory at a time, but for a column that is larger by itself
+Span = tuple[int, int]  # bytes [start, stop) of a file
 
 
 class DamageError(Exception):
@@ -43,10 +50,21 @@ class Columns:
 
 
 class _RangeFile(io.RawIOBase):
-    """A store's file as pyarrow wants one; the last I/O error is kept."""
+    """A store's file as pyarrow wants one; the last I/O error is kept.
 
-    def __init__(self, store: Store, name: str, size: int) -> None:
-        self._store, self._name, self._size, self._at = store, name, size, 0
+    Args:
+        store: its directory.
+        name: its name in it.
+        size: bytes.
+        expected: the file that it has to be; none = whatever is there.
+    """
+
+    def __init__(
+        self, store: Store, name: str, size: int, expected: FileInfo | None = None
+    ) -> None:
+        self._store, self._name, self._size, self._expected = store, name, size, expected
+        self._at = 0
+        self._held: dict[Span, bytes] = {}
         self.failure: Exception | None = None
 
     def readable(self) -> bool:
@@ -66,31 +84,60 @@ class _RangeFile(io.RawIOBase):
         stop = self._size if size < 0 else min(self._at + size, self._size)
         if stop <= self._at:
             return b""
-        try:
-            data = self._store.read(self._name, self._at, stop)
-        except Exception as error:
-            self.failure = error
-            raise
+        data = self._fetch(self._at, stop)
         self._at += len(data)
         return data
 
+    def hold(self, spans: list[Span]) -> None:
+        """Fetch some ranges, each at once, for the reads to come; others are let go."""
+        # A damaged footer may point anywhere.
+        inside = [(max(start, 0), min(stop, self._size)) for start, stop in spans]
+        self._held = {
+            span: self._held.get(span) or self._fetch(*span) for span in inside if span[0] < span[1]
+        }
+
+    def _fetch(self, start: int, stop: int) -> bytes:
+        for (first, last), data in self._held.items():
+            if first <= start and stop <= last:
+                return data[start - first : stop - first]
+        try:
+            return self._store.read(self._name, start, stop, self._expected)
+        except Exception as error:
+            self.failure = error
+            raise
+
 
 @contextmanager
-def open_parquet(store: Store, name: str, size: int) -> Iterator[pq.ParquetFile]:
+def open_parquet(
+    raw: _RangeFile, footer: pq.FileMetaData | None = None
+) -> Iterator[pq.ParquetFile]:
     """Open a Parquet file.
+
+    Args:
+        raw: the file.
+        footer: its footer, where it has been read before.
 
     Raises:
         OSError: the store failed.
         DamageError: the content is no Parquet file.
     """
-    raw = _RangeFile(store, name, size)
     try:
-        with pq.ParquetFile(pa.PythonFile(raw, mode="r"), pre_buffer=True) as file:
+        with pq.ParquetFile(pa.PythonFile(raw, mode="r"), metadata=footer, pre_buffer=True) as file:
             yield file
     except (pa.ArrowException, OSError) as error:
+        if raw.failure is error:
+            raise
         if raw.failure is not None:
             raise raw.failure from error
         raise DamageError(str(error)) from error
+
+
+@functools.lru_cache(maxsize=_FOOTERS)
+def _footer(store: Store, name: str, file: FileInfo) -> pq.FileMetaData | None:
+    """Return a file's footer, read once a process; none where it is too large to be kept."""
+    with open_parquet(_RangeFile(store, name, file.size, file)) as opened:
+        footer = opened.metadata
+    return footer if footer.serialized_size <= _FOOTER_BYTES else None
 
 
 def find_columns(path: str, schema: pa.Schema, source: SourceConfig) -> Columns:
@@ -135,7 +182,7 @@ def scan_parquet(path: str, store: Store, name: str, size: int, source: SourceCo
     scan = Scan()
     skipped_rows: list[int] = []
     try:
-        with open_parquet(store, name, size) as file:
+        with open_parquet(_RangeFile(store, name, size)) as file:
             columns = find_columns(path, file.schema_arrow, source)
             starts = [0]
             for group in range(file.num_row_groups):
@@ -192,27 +239,48 @@ def _null_images(file: pq.ParquetFile, group: int, column: str) -> np.ndarray[An
 
 
 def read_parquet(
-    path: str,
+    file: FileInfo,
     store: Store,
     name: str,
-    size: int,
     source: SourceConfig,
     offsets: Ints,
     rows_skipped: Ints,
     ordinals: Ints,
+    gap: int,
 ) -> dict[int, Sample | BadSample]:
-    """Return the samples with these ordinals, sorted; reads the row groups they lie in."""
+    """Return the samples with these ordinals, sorted; reads the row groups they lie in.
+
+    Args:
+        file: the shard, as it was indexed.
+        store: its directory.
+        name: its name in it.
+        source: which columns are read.
+        offsets: see `Shard`.
+        rows_skipped: see `Shard`.
+        ordinals: the samples.
+        gap: bytes that are rather read than asked around; 0 = each column by itself.
+
+    Raises:
+        ChangedError: it is another file by now.
+        OSError: the store failed.
+    """
     rows = skip(ordinals, rows_skipped)
     row_groups = np.searchsorted(offsets, rows, side="right") - 1
     result: dict[int, Sample | BadSample] = {}
+    path, raw = file.path, _RangeFile(store, name, file.size, file)
     try:
-        with open_parquet(store, name, size) as file:
-            columns = find_columns(path, file.schema_arrow, source)
+        with open_parquet(raw, _footer(store, name, file)) as opened:
+            columns = find_columns(path, opened.schema_arrow, source)
             names = [c for c in (columns.image, columns.caption, columns.key) if c]
-            for group in np.unique(row_groups).tolist():
+            wanted = np.unique(row_groups).tolist()
+            chunks = {group: _chunks(opened.metadata.row_group(group), names) for group in wanted}
+            spans = _merge([span for group in wanted for span in chunks[group]], gap)
+            for group in wanted:
+                if gap:
+                    raw.hold([s for s in spans if any(s[0] <= c[0] < s[1] for c in chunks[group])])
                 mine = row_groups == group
                 local = rows[mine] - offsets[group]
-                table = file.read_row_group(group, columns=names).take(pa.array(local))
+                table = opened.read_row_group(group, columns=names).take(pa.array(local))
                 images = _images(table, columns.image).to_pylist()
                 captions = _values(table, columns.caption)
                 keys = _keys(table, columns, path, rows[mine])
@@ -222,6 +290,30 @@ def read_parquet(
         for ordinal in ordinals.tolist():
             result.setdefault(ordinal, BadSample(f"#{ordinal}", "shard-damaged", str(error), path))
     return result
+
+
+def _chunks(group: pq.RowGroupMetaData, names: list[str]) -> list[Span]:
+    """Return the byte ranges of some columns of a row group."""
+    spans = []
+    for number in range(group.num_columns):
+        chunk = group.column(number)
+        if any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in names):
+            begin = chunk.data_page_offset
+            if chunk.has_dictionary_page:
+                begin = min(begin, chunk.dictionary_page_offset)
+            spans.append((begin, begin + chunk.total_compressed_size))
+    return spans
+
+
+def _merge(spans: list[Span], gap: int) -> list[Span]:
+    """Merge ranges that lie at most `gap` bytes apart, as long as they are no more than a GET."""
+    merged: list[Span] = []
+    for start, stop in sorted(spans):
+        if merged and start - merged[-1][1] <= gap and stop - merged[-1][0] <= _SPAN_BYTES:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((start, stop))
+    return merged
 
 
 def _sample(path: str, key: str, image: bytes | None, text: Any) -> Sample | BadSample:

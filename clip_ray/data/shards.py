@@ -21,7 +21,7 @@ from clip_ray.data.samples import Ints, Sample, Scan, Suffixes, digest_keys
 from clip_ray.data.sidecar import scan_sidecar
 from clip_ray.data.tar import STRIDE, Slab, ranges, read_tar, scan_tar
 from clip_ray.errors import DataError
-from clip_ray.storage import FileInfo, Store, open_store, split_uri
+from clip_ray.storage import ChangedError, FileInfo, Store, open_store, split_uri
 
 __all__ = [
     "STRIDE",
@@ -222,15 +222,6 @@ def read_ordinals(
     folder, name = split_uri(shard.path)
     store = open_store(folder, s3)
     try:
-        now = store.info(name)
-        if (now.size, now.version) != (shard.size, shard.version):
-            return _all_bad(
-                shard,
-                ordinals,
-                "shard-changed",
-                f"indexed with {shard.size} bytes, version {shard.version}; now {now.size} bytes, "
-                f"version {now.version}",
-            )
         suffixes = Suffixes.of(source)
         if shard.kind == TAR and not len(shard.offsets):
             tar = Tar(shard.path, shard.size, shard.version, shard.samples, shard.keys)
@@ -239,6 +230,15 @@ def read_ordinals(
                 return _all_bad(shard, ordinals, "sidecar-mismatch", late.problem)
             shard = replace(shard, offsets=late.offsets)
         found = _read(shard, source, store, name, ordered)
+    except ChangedError as error:
+        now = error.now
+        return _all_bad(
+            shard,
+            ordinals,
+            "shard-changed",
+            f"indexed with {shard.size} bytes, version {shard.version}; now {now.size} bytes, "
+            f"version {now.version}",
+        )
     except FileNotFoundError:
         return _all_bad(shard, ordinals, "shard-missing", "it is there no more")
     return [
@@ -256,20 +256,15 @@ def _all_bad(shard: Shard, ordinals: Ints, reason: str, detail: str) -> list[Sam
 def _read(
     shard: Shard, source: SourceConfig, store: Store, name: str, ordered: Ints
 ) -> dict[int, Sample | BadSample]:
-    if shard.kind == PARQUET:
-        return read_parquet(
-            shard.path,
-            store,
-            name,
-            shard.size,
-            source,
-            shard.offsets,
-            shard.rows_skipped,
-            ordered,
-        )
-    suffixes = Suffixes.of(source)
+    # With each read, not once before them: that would be a request a slot, and a gap in time.
+    file = FileInfo(shard.path, shard.size, shard.version)
     remote = store.uri.startswith("s3://")
     gap = _S3_GAP if remote else _LOCAL_GAP
+    if shard.kind == PARQUET:
+        return read_parquet(
+            file, store, name, source, shard.offsets, shard.rows_skipped, ordered, gap
+        )
+    suffixes = Suffixes.of(source)
     spans = ranges(shard.offsets, shard.samples, ordered, gap)
     bounds = [first for _, _, first in spans]
     owner = np.searchsorted(bounds, ordered, side="right") - 1
@@ -277,7 +272,7 @@ def _read(
     def fetch(number: int) -> dict[int, Sample | BadSample]:
         start, stop, first = spans[number]
         wanted = set(ordered[owner == number].tolist())
-        slab = Slab(start, store.read(name, start, stop))
+        slab = Slab(start, store.read(name, start, stop, file))
         return read_tar(shard.path, slab, suffixes, first, wanted)
 
     result: dict[int, Sample | BadSample] = {}

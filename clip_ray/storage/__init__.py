@@ -46,6 +46,24 @@ class FileInfo:
     version: str
 
 
+class ChangedError(OSError):
+    """A file that is not the one that was asked for.
+
+    Attributes:
+        now: what is there in its place.
+    """
+
+    def __init__(self, expected: FileInfo, now: FileInfo) -> None:
+        super().__init__(
+            f"{expected.path}: expected {expected.size} bytes, version {expected.version}; now "
+            f"{now.size} bytes, version {now.version}"
+        )
+        self._expected, self.now = expected, now
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (ChangedError, (self._expected, self.now))
+
+
 @dataclass(frozen=True)
 class FileDigest:
     """Size in bytes and sha256 (hex) of a file's content."""
@@ -69,6 +87,9 @@ def digest_file(path: Path) -> FileDigest:
 class Store(Protocol):
     """A directory. Names are relative, with `/`; all calls raise OSError kinds on I/O failure."""
 
+    def __hash__(self) -> int:
+        """Stores of the same directory are equal."""
+
     @property
     def uri(self) -> str:
         """Absolute path or s3:// URI of this directory."""
@@ -76,8 +97,26 @@ class Store(Protocol):
     def child(self, name: str) -> Store:
         """Return the directory `name` in this one; it need not exist."""
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Return the bytes `[start, stop)` of a file; the whole of it by default."""
+    def read(
+        self,
+        name: str,
+        start: int = 0,
+        stop: int | None = None,
+        expected: FileInfo | None = None,
+    ) -> bytes:
+        """Return the bytes `[start, stop)` of a file; the whole of it by default.
+
+        Args:
+            name: of the file.
+            start: first byte.
+            stop: the byte after the last; none = the file's end.
+            expected: the file that it has to be, by size and version. This costs no request of
+                its own, and nothing can come between the question and the bytes.
+
+        Raises:
+            ChangedError: it is another one.
+            FileNotFoundError: there is none.
+        """
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file so that a reader sees the old content or the new, never a part."""
@@ -141,8 +180,18 @@ class LocalStore:
     def child(self, name: str) -> LocalStore:  # noqa: D102
         return LocalStore(self.root / name)
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:  # noqa: D102
+    def read(  # noqa: D102
+        self,
+        name: str,
+        start: int = 0,
+        stop: int | None = None,
+        expected: FileInfo | None = None,
+    ) -> bytes:
         with open(self.root / name, "rb") as file:
+            if expected is not None:
+                now = _info(self.root / name, os.fstat(file.fileno()))
+                if (now.size, now.version) != (expected.size, expected.version):
+                    raise ChangedError(expected, now)
             file.seek(start)
             return file.read() if stop is None else file.read(stop - start)
 
@@ -188,8 +237,7 @@ class LocalStore:
 
     def info(self, name: str) -> FileInfo:  # noqa: D102
         path = self.root / name
-        stat = path.stat()
-        return FileInfo(str(path), stat.st_size, str(stat.st_mtime_ns))
+        return _info(path, path.stat())
 
     def files(self) -> list[str]:  # noqa: D102
         return sorted(
@@ -285,11 +333,38 @@ class S3Store:
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:  # noqa: D102
+    def read(  # noqa: D102
+        self,
+        name: str,
+        start: int = 0,
+        stop: int | None = None,
+        expected: FileInfo | None = None,
+    ) -> bytes:
+        from clip_ray.storage.s3_reads import status_of
+
+        if stop is not None and stop <= start:
+            return b""
         parts: dict[int, bytes] = {}
-        with self._explained():
-            self.reader.read_parts(self._path(name), start, stop, parts.__setitem__)
-        return b"".join(parts[at] for at in sorted(parts))
+        etag = "" if expected is None else f'"{expected.version}"'
+        try:
+            with self._explained():
+                size, found = self.reader.read_parts(
+                    self._path(name), start, stop, parts.__setitem__, etag
+                )
+        except OSError as error:
+            if expected is None or status_of(error) != 412:
+                raise
+        else:
+            # Compared here too: not every store heeds If-Match.
+            identity = (size, found.strip('"'))
+            if expected is None or identity == (expected.size, expected.version):
+                return b"".join(parts[at] for at in sorted(parts))
+        now = self.info(name)
+        if (now.size, now.version) == (expected.size, expected.version):
+            raise StorageError(
+                f"{now.path}: the store has it with ETag {etag}, and refuses a read of that ETag"
+            )
+        raise ChangedError(expected, now)
 
     def write(self, name: str, data: bytes) -> None:  # noqa: D102
         with self._explained():
@@ -524,6 +599,10 @@ def split_uri(path: str) -> tuple[str, str]:
     """Split a file's path or URI into its directory and its name."""
     folder, _, name = path.rpartition("/")
     return folder or "/", name
+
+
+def _info(path: Path, stat: os.stat_result) -> FileInfo:
+    return FileInfo(str(path), stat.st_size, str(stat.st_mtime_ns))
 
 
 def _write_durably(path: Path, data: bytes) -> None:

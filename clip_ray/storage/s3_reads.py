@@ -129,29 +129,41 @@ class Reader(s3fs.S3FileSystem):
     call_s3 = sync_wrapper(_call_s3)
 
     def read_parts(
-        self, path: str, start: int, stop: int | None, put: Callable[[int, bytes], object]
-    ) -> None:
+        self,
+        path: str,
+        start: int,
+        stop: int | None,
+        put: Callable[[int, bytes], object],
+        etag: str = "",
+    ) -> tuple[int, str]:
         """Read the bytes `[start, stop)` of a file, up to its end; all parts are of one version.
+
+        Returns the file's size and its ETag.
 
         Args:
             path: s3:// URI.
             start: first byte.
             stop: the byte after the last; none = the file's end.
             put: takes each part and the byte where it begins; called by one thread at a time.
+            etag: the ETag that the file has to have, in its quotes; empty = any.
 
         Raises:
             StorageError: the store failed for longer than the bound.
-            OSError: the file was replaced meanwhile.
+            OSError: the file was replaced meanwhile, or has another ETag: status 412.
         """
-        sync(self.loop, self._read_parts, path, start, stop, put)
+        whole: tuple[int, str] = sync(self.loop, self._read_parts, path, start, stop, put, etag)
+        return whole
 
     async def _read_parts(
-        self, path: str, start: int, stop: int | None, put: Callable[[int, bytes], object]
-    ) -> None:
-        if stop is not None and stop <= start:
-            return
+        self,
+        path: str,
+        start: int,
+        stop: int | None,
+        put: Callable[[int, bytes], object],
+        etag: str,
+    ) -> tuple[int, str]:
         first_stop = start + PART if stop is None else min(stop, start + PART)
-        first = await self._part(path, start, first_stop)
+        first = await self._part(path, start, first_stop, etag)
         put(start, first.data)
         stop = first.size if stop is None else min(stop, first.size)
         free = asyncio.Semaphore(_PARTS)
@@ -166,6 +178,7 @@ class Reader(s3fs.S3FileSystem):
         finally:
             for task in tasks:
                 task.cancel()
+        return first.size, first.etag
 
     async def _part(self, path: str, start: int, stop: int, etag: str = "") -> Part:
         request = partial(self._get, path, start, stop, etag)

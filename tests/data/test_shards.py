@@ -6,6 +6,7 @@ import json
 import os
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -108,9 +109,9 @@ def test_neighbouring_reads_are_one_range(tmp_path: Path, monkeypatch: pytest.Mo
     reads = []
     plain = LocalStore.read
 
-    def counted(self: LocalStore, name: str, start: int = 0, stop: int | None = None) -> bytes:
-        reads.append((start, stop))
-        return plain(self, name, start, stop)
+    def counted(self: LocalStore, name: str, *which: Any) -> bytes:
+        reads.append(which)
+        return plain(self, name, *which)
 
     monkeypatch.setattr(LocalStore, "read", counted)
     shards.read_samples(shard, SOURCE, None, 5, 30)
@@ -504,6 +505,31 @@ def test_a_changed_or_deleted_s3_shard_is_void(tmp_path: Path, s3: S3Options) ->
     store.delete("a.tar")
     reasons = {b.reason for b in shards.read_samples(shard, SOURCE, s3, 0, 3)}
     assert reasons == {"shard-missing"}
+
+
+def test_parquet_of_which_the_footer_is_known_is_void_too_when_it_changes(
+    tmp_path: Path, s3: S3Options
+) -> None:
+    columns = {"jpg": pa.array(images(8)), "txt": pa.array(["x"] * 8)}
+    path = write_parquet(tmp_path / "a.parquet", columns)
+    store = open_store("s3://bucket/change", s3)
+    store.write("a.parquet", path.read_bytes())
+    (file,) = expand("s3://bucket/change/a.parquet", s3)
+    remote = shards.index_shard(file, SOURCE, s3, IndexOptions()).shard
+    here = index(path).shard
+    whole = bytearray(path.read_bytes())
+    assert shards.read_samples(remote, SOURCE, s3, 2, 5) == read_all(here)[2:7]
+    for shard, options in ((remote, s3), (here, None)):
+        whole[200] ^= 1
+        store.write("a.parquet", bytes(whole))
+        os.utime(path, ns=(1, 1))
+        found = shards.read_samples(shard, SOURCE, options, 0, 8)
+        assert {bad.reason for bad in found} == {"shard-changed"}
+    store.delete("a.parquet")
+    path.unlink()
+    for shard, options in ((remote, s3), (here, None)):
+        found = shards.read_samples(shard, SOURCE, options, 0, 8)
+        assert {bad.reason for bad in found} == {"shard-missing"}
 
 
 class _Counting:
