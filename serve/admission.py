@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -20,6 +21,7 @@ class Budget:
     Args:
         total_bytes: what all reservations together may hold.
         queue_s: seconds that a reservation waits for memory before it is refused.
+        waits: told of each reservation that begins (1) and ends (-1) to wait.
 
     Attributes:
         total: total_bytes.
@@ -27,11 +29,14 @@ class Budget:
         peak: the highest that `in_use` has been.
     """
 
-    def __init__(self, total_bytes: int, queue_s: float) -> None:
+    def __init__(
+        self, total_bytes: int, queue_s: float, waits: Callable[[int], None] = lambda change: None
+    ) -> None:
         self.total = total_bytes
         self.in_use = 0
         self.peak = 0
         self._queue_s = queue_s
+        self._waits = waits
         self._holders = 0
         self._newcomers: deque[_Waiter] = deque()
         self._growers: deque[_Waiter] = deque()
@@ -68,6 +73,7 @@ class Budget:
         # A timer that settles the future, not asyncio.timeout: so a grant and a refusal exclude
         # each other, even in one turn of the loop.
         timer = loop.call_later(self._queue_s, self._refuse, waiter, queue)
+        self._waits(1)
         try:
             await waiter.granted
         except asyncio.CancelledError:
@@ -78,6 +84,7 @@ class Budget:
             raise
         finally:
             timer.cancel()
+            self._waits(-1)
 
     def _settle(self) -> None:
         """Give free memory to those who wait.

@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,12 @@ class Engine:
         # for more of the same: its body, its images as the model takes them, and one image's
         # decoding at a time, which gets most (25 Mpx are 300 MB).
         memory = limits.memory_mb * 1e6
-        self.budget = Budget(int(memory / 4), limits.queue_s)
-        self._input_budget = Budget(int(memory / 8), limits.request_s)
-        self._decode_budget = Budget(int(memory * 5 / 8), limits.request_s)
+        waits = metrics.waits
+        self.budget = Budget(int(memory / 4), limits.queue_s, partial(waits, "body"))
+        self._input_budget = Budget(int(memory / 8), limits.request_s, partial(waits, "input"))
+        self._decode_budget = Budget(
+            int(memory * 5 / 8), limits.request_s, partial(waits, "decode")
+        )
         self._cache_dir = cache_dir
         self._matrices = MatrixCache(settings.classifier_cache)
         self._texts = TextCache(settings.text_cache)

@@ -26,6 +26,7 @@ LATENCY_BOUNDS_MS: list[float] = [
     10_000,
     30_000,
 ]
+PLACES = ("turn", "body", "input", "decode")
 BATCH_BOUNDS: list[float] = [1, 2, 4, 8, 16, 32, 64, 128]
 
 
@@ -51,6 +52,13 @@ class Metrics:
     def reject(self, reason: str) -> None:
         """Count a request that was refused, by the code of its error."""
         self.counts["reject", reason] += 1
+
+    def waits(self, place: str, change: int) -> None:
+        """Count requests that begin (1) or end (-1) to wait, and where.
+
+        Places: turn (to be worked on), body, input and decode (for memory).
+        """
+        self.counts["waiting", place] += change
 
     def stage(self, stage: str, ms: float) -> None:
         """Record the time of a stage: decode (of a request's images), model (of a pass)."""
@@ -89,6 +97,13 @@ class RayMetrics(Metrics):
             "clip_stage_ms", "time of a stage", LATENCY_BOUNDS_MS, tag_keys=("stage",)
         )
         self._gauges = Gauges()
+        self._waiting = metrics.Gauge(
+            "clip_waiting_requests",
+            "requests that wait in the replica, by what for",
+            tag_keys=_keys("place"),
+        )
+        for place in PLACES:
+            self._gauges.set(self._waiting, 0, {"place": place})
         self._target_failed = metrics.Gauge(
             "clip_target_failed", "1 where the replica could not load its target", tag_keys=_keys()
         )
@@ -109,6 +124,10 @@ class RayMetrics(Metrics):
     def reject(self, reason: str) -> None:  # noqa: D102
         super().reject(reason)
         self._rejects.inc(1, {"reason": reason})
+
+    def waits(self, place: str, change: int) -> None:  # noqa: D102
+        super().waits(place, change)
+        self._gauges.set(self._waiting, self.counts["waiting", place], {"place": place})
 
     def stage(self, stage: str, ms: float) -> None:  # noqa: D102
         super().stage(stage, ms)

@@ -206,12 +206,19 @@ class Gate:
         settings: limits and auth.
         budget: memory for bodies.
         keys: None lets everybody in.
+        metrics: told who waits for a turn.
     """
 
     def __init__(
-        self, app: ASGIApp, settings: AppSettings, budget: Budget, keys: KeyRing | None
+        self,
+        app: ASGIApp,
+        settings: AppSettings,
+        budget: Budget,
+        keys: KeyRing | None,
+        metrics: Metrics,
     ) -> None:
         self.app = app
+        self.metrics = metrics
         self.limits = settings.limits
         self.budget = budget
         self.keys = keys
@@ -303,11 +310,14 @@ class Gate:
     async def _in_turn(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Wait among `limits.queued` others for one of `limits.ongoing` turns, then answer."""
         if self._turns.locked():
+            self.metrics.waits("turn", 1)
             try:
                 async with asyncio.timeout(self.limits.queue_s):
                     await self._turns.acquire()
             except TimeoutError:
                 raise _overloaded(f"no turn within {self.limits.queue_s:g} s") from None
+            finally:
+                self.metrics.waits("turn", -1)
         else:
             await self._turns.acquire()
         try:

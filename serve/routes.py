@@ -102,6 +102,7 @@ def create_app(
         settings=settings,
         budget=engine.budget,
         keys=keys if settings.auth == "keys" else None,
+        metrics=metrics,
     )
     app.add_middleware(Edge, metrics=metrics, echo_id=echo_id)
     return app

@@ -68,16 +68,17 @@ def test_what_fits_is_reserved_and_released() -> None:
 
 def test_first_come_first_served() -> None:
     async def main() -> None:
-        budget, entered = Budget(100, queue_s=10), []
+        waits: list[int] = []
+        budget, entered = Budget(100, queue_s=10, waits=waits.append), []
         async with asyncio.TaskGroup() as tasks:
             # 30 would fit beside 60 and does not overtake 90; 20 and 30 fit together after it.
             for nbytes in (60, 90, 30, 20):
                 tasks.create_task(hold(budget, nbytes, 1, entered))
             await turn()
-            assert entered == [60] and budget.waiting == 3
+            assert entered == [60] and budget.waiting == 3 and waits == [1, 1, 1]
             await asyncio.sleep(1)
             await turn()
-            assert entered == [60, 90] and budget.waiting == 2
+            assert entered == [60, 90] and budget.waiting == 2 and sum(waits) == 2
         assert entered == [60, 90, 30, 20]
         assert (budget.in_use, budget.peak) == (0, 90)
         assert asyncio.get_running_loop().time() == 3
@@ -314,7 +315,8 @@ def test_no_wait_at_all() -> None:
 @pytest.mark.parametrize("seed", range(40))
 def test_whatever_happens_the_sum_holds(seed: int) -> None:
     rng = random.Random(seed)
-    budget = Budget(100, queue_s=rng.choice([0, 0.5, 3]))
+    waits: list[int] = []
+    budget = Budget(100, queue_s=rng.choice([0, 0.5, 3]), waits=waits.append)
     held: dict[int, int] = {}
     ends = {"done": 0, 413: 0, 429: 0, "cancelled": 0}
 
@@ -358,6 +360,8 @@ def test_whatever_happens_the_sum_holds(seed: int) -> None:
         for end in await asyncio.gather(*tasks, return_exceptions=True):
             assert end is None or isinstance(end, asyncio.CancelledError), repr(end)
         assert (budget.in_use, budget.waiting, budget._holders) == (0, 0, 0)
+        # Each that waited was told to begin and to end to, however it ended.
+        assert sum(waits) == 0 and waits.count(1) > 0 and set(waits) == {1, -1}
         # All of it is there again.
         async with budget.reserve(100):
             pass

@@ -316,7 +316,9 @@ async def crowd_of(site: Site, count: int, slow: Slow, until: int) -> list[Answe
     answers: list[Answer] = []
 
     async def one() -> None:
-        answers.append(await call(site.app, "POST", EMBED, [TEXT], JSON))
+        # With its length said, a body takes no more memory than it has.
+        headers = {**JSON, "content-length": str(len(TEXT))}
+        answers.append(await call(site.app, "POST", EMBED, [TEXT], headers))
         if len(answers) == until:
             # Routes without a key are not limited.
             assert (await call(site.app, "GET", "/health")).status == 200
@@ -336,10 +338,16 @@ def test_our_limiter_answers_when_the_replica_is_full(tight: Site, slow: Slow) -
     assert slow.ended == 4
 
 
-def test_who_waits_too_long_for_a_turn_is_told(tight: Site, slow: Slow) -> None:
+def test_who_waits_too_long_for_a_turn_is_told(
+    tight: Site, slow: Slow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[tuple[str, int]] = []
+    monkeypatch.setattr(tight.metrics, "waits", lambda *told: waits.append(told))
     answers = tight.run(crowd_of(tight, 4, slow, until=2))
     assert [answer.status for answer in answers] == [429, 429, 200, 200]
     assert slow.begun == slow.ended == 2
+    assert all("no turn within" in answer.error["message"] for answer in answers[:2])
+    assert waits == [("turn", 1)] * 2 + [("turn", -1)] * 2
 
 
 def test_an_error_after_the_answer_began_breaks_the_connection(tight: Site) -> None:
