@@ -33,9 +33,10 @@ from clip_ray.runtime.progress import ProgressLine
 from clip_ray.runtime.pulse import STRAGGLES, Hang, Health, Pulse, Stragglers, end_process
 from clip_ray.runtime.recorder import send_event
 from clip_ray.runtime.room import Room
-from clip_ray.runtime.worker import COMMIT_TIMEOUT_S, Job, Result, run_worker
+from clip_ray.runtime.worker import Job, Result, run_worker
 from clip_ray.tracking import Tracker
 from clip_ray.train.checkpoint import Checkpoints
+from clip_ray.train.committer import COMMIT_TIMEOUT_S
 from clip_ray.train.hooks import Outcome
 from clip_ray.train.journal import Row, read_journal
 from clip_ray.train.requests import Inbox
@@ -357,6 +358,11 @@ class _Watch:
             self._tracker.log_checkpoint(row["step"], row["uri"], row["digest"])
         elif kind == "commit_failed":
             self.note(f"NO COMMIT of step {row['step']}: {row['why']}; the next one is tried")
+        elif kind == "commit_deferred":
+            self.note(
+                f"the commit due before step {row['step']} waits: the one before it is still being "
+                f"written, for {row['waited_s']:.0f} s now (a slow or silent storage); steps go on"
+            )
         elif kind == "attempt_failed":
             causes = "; ".join(f"rank {r}: {c}" for r, c in row["causes"].items())
             self._line.note(f"the workers stopped ({causes or 'process died'}); starting again")

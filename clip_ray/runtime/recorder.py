@@ -16,6 +16,7 @@ from typing import Any
 import ray
 
 from clip_ray.config import S3Options
+from clip_ray.errors import StorageError
 from clip_ray.runtime.metrics import TrainingMetrics
 from clip_ray.runtime.pulse import Pulse
 from clip_ray.storage import LocalStore, open_store
@@ -24,6 +25,8 @@ from clip_ray.train.journal import Journal, Row
 
 JOURNALS = ("metrics", "events", "quarantine")
 FLUSH_S = 30.0
+RETRY_S = 1.0  # after a flush that failed
+CLOSE_S = 45.0
 
 
 class Recorder:
@@ -42,8 +45,11 @@ class Recorder:
         self._mailbox: dict[str, Any] = {}
         self._group = ""
         self._pulses: dict[int, tuple[float, Pulse]] = {}
-        self._flushed = time.monotonic()
         self._durable: dict[str, int] = {}
+        # A storage that hangs must hold up neither signs of life nor what is asked.
+        self._taking, self._flushing = threading.Lock(), threading.Lock()
+        self._wanted = threading.Event()
+        threading.Thread(target=self._keep_durable, name="flush", daemon=True).start()
         # Ray's agent exports them: without a Ray there is nobody to.
         name = run_uri.rstrip("/").rpartition("/")[2]
         self._metrics = TrainingMetrics(name) if ray.is_initialized() else None
@@ -57,25 +63,23 @@ class Recorder:
             sender: who sends; unique to a process.
             first: number of the first row among all that the sender has had.
             rows: rows that were taken before are not taken twice.
-            durable: flush the journals now.
+            durable: begin to make them durable now; a later call tells when they are.
 
         Returns:
             What the run has been asked to do, and how many of the sender's rows are durable.
         """
         new = rows[max(self._taken.get(sender, first) - first, 0) :]
-        for name in JOURNALS:
-            mine = [row for journal, row in new if journal == name]
-            if mine:
-                self._journals[name].append(mine)
-        self._taken[sender] = max(self._taken.get(sender, 0), first + len(rows))
+        with self._taking:
+            for name in JOURNALS:
+                mine = [row for journal, row in new if journal == name]
+                if mine:
+                    self._journals[name].append(mine)
+            self._taken[sender] = max(self._taken.get(sender, 0), first + len(rows))
         self._log += new
         if self._metrics is not None:
             self._metrics.took(new)
-        if durable or time.monotonic() - self._flushed > FLUSH_S:
-            for journal in self._journals.values():
-                journal.flush()
-            self._flushed = time.monotonic()
-            self._durable = dict(self._taken)
+        if durable:
+            self._wanted.set()
         safe = self._taken if self._durable_at_once else self._durable
         return self._asked, safe.get(sender, 0)
 
@@ -128,9 +132,35 @@ class Recorder:
         return self._mailbox.get(name)
 
     def close(self) -> None:
-        """Make everything durable and join the parts."""
-        for journal in self._journals.values():
-            journal.join()
+        """Make everything durable and join the parts.
+
+        Raises:
+            StorageError: the storage has not answered for `CLOSE_S`.
+        """
+        if not self._flushing.acquire(timeout=CLOSE_S):
+            raise StorageError(f"the journals were not written within {CLOSE_S:g} s")
+        try:
+            for journal in self._journals.values():
+                journal.join()
+        finally:
+            self._flushing.release()
+
+    def _keep_durable(self) -> None:
+        while True:
+            self._wanted.wait(FLUSH_S)
+            self._wanted.clear()
+            try:
+                self._flush()
+            except OSError:
+                time.sleep(RETRY_S)  # who waits for it is told that it is not durable
+
+    def _flush(self) -> None:
+        with self._flushing:
+            with self._taking:
+                taken = dict(self._taken)
+            for journal in self._journals.values():
+                journal.flush()
+            self._durable = taken
 
 
 class Reporter:

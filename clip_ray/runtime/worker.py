@@ -7,13 +7,10 @@ else is raised here and makes Ray Train start the group again.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import threading
 import time
 from collections.abc import Set
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +32,7 @@ from clip_ray.runtime.recorder import Reporter
 from clip_ray.storage import open_store
 from clip_ray.tokenizer import Tokenizer
 from clip_ray.train.checkpoint import Checkpoints, Commit
+from clip_ray.train.committer import COMMIT_TIMEOUT_S, Committer
 from clip_ray.train.hooks import Outcome, Word
 from clip_ray.train.initial import initial_weights
 from clip_ray.train.journal import Row, last_row
@@ -42,7 +40,6 @@ from clip_ray.train.loop import train
 from clip_ray.train.state import Progress, broadcast, build_state, restore, snapshot
 
 JOURNAL_TIMEOUT_S = 60.0
-COMMIT_TIMEOUT_S = 900.0
 FINAL_PAUSE_S = 2.0  # before the last commit is tried again
 
 
@@ -247,10 +244,13 @@ class _Attempt:
                 forward_sync_buffers=False,
                 gradient_as_bucket_view=True,
             )
-        self._checkpoints = Checkpoints(open_store(job.run_uri, job.config.run.s3))
-        self._writer: threading.Thread | None = None
-        self._writer_error: BaseException | None = None
-        self._failing_since: float | None = None
+        self._committer = Committer(
+            Checkpoints(open_store(job.run_uri, job.config.run.s3)),
+            job.config.checkpoint,
+            rank,
+            self.event,
+            lambda: reporter.drain(JOURNAL_TIMEOUT_S),
+        )
         self._profiler: Any = None
         self._committed_as_asked = False
 
@@ -285,13 +285,13 @@ class _Attempt:
         finally:
             stream.close()
         self._heart.moved(outcome.progress.step, "ending")
-        self._join_writer(COMMIT_TIMEOUT_S)
+        self._committer.join(COMMIT_TIMEOUT_S)
         # The last one is not to be done without.
-        while outcome.committed and self._failing_since is not None:
+        while outcome.committed and self._committer.failing:
             time.sleep(FINAL_PAUSE_S)
             self._heart.moved(outcome.progress.step, "ending")
             self._begin_commit(outcome.progress, parts=1)
-            self._join_writer(COMMIT_TIMEOUT_S)
+            self._committer.join(COMMIT_TIMEOUT_S)
         self._reporter.drain(JOURNAL_TIMEOUT_S)
         return outcome
 
@@ -317,7 +317,8 @@ class _Attempt:
         asked = self._reporter.asked
         if "commit" not in asked:
             self._committed_as_asked = False
-        return asked - {"commit"} if self._committed_as_asked else asked
+        words = asked - {"commit"} if self._committed_as_asked else asked
+        return words | {"busy"} if self._committer.busy else words
 
     def entered(self, step: int, phase: str) -> None:
         """See `train.hooks.Hooks`."""
@@ -334,86 +335,21 @@ class _Attempt:
         if self._rank < parts:
             self._begin_commit(progress, parts)
 
+    def deferred(self, step: int) -> None:
+        """See `train.hooks.Hooks`."""
+        self._committer.deferred(step)
+
     def _begin_commit(self, progress: Progress, parts: int) -> None:
-        # The other ranks may already wait in the next step's collective.
-        self._join_writer(0.8 * self._job.config.cluster.collective_timeout_s)
         begun = time.perf_counter()
         files: dict[str, Any] = dict(snapshot(self._bare, self._optimizer, self._rank, parts))
         stall = time.perf_counter() - begun
-        commit = Commit(progress.step, self._start.attempt)
-        write = partial(self._write_part, commit, files)
         if self._rank == 0:
             files |= {
                 "state.json": progress.to_bytes(),
                 "config.yaml": dump_config(self._job.config).encode(),
                 "tokenizer.json": self._job.tokenizer,
             }
-            write = partial(self._write, commit, files, parts, stall)
-        self._writer = threading.Thread(target=write)
-        self._writer.start()
-
-    def _write_part(self, commit: Commit, files: dict[str, Any]) -> None:
-        # Rank 0 is told of a failure, and decides what comes of it.
-        with contextlib.suppress(OSError):
-            self._checkpoints.write_part(commit, self._rank, files)
-
-    def _write(self, commit: Commit, files: dict[str, Any], parts: int, stall_s: float) -> None:
-        begun = time.perf_counter()
-        try:
-            digest = self._checkpoints.write(
-                commit,
-                files,
-                parts=parts,
-                timeout_s=COMMIT_TIMEOUT_S,
-                # No row of a step that a commit covers may be lost with the recorder.
-                before_commit=lambda: self._reporter.drain(JOURNAL_TIMEOUT_S),
-            )
-        except BaseException as error:
-            self._failed(commit, error)
-            return
-        self._failing_since = None
-        config = self._job.config.checkpoint
-        try:
-            self._checkpoints.prune(config.keep_last, config.keep_every)
-        except Exception as error:
-            # The commit stands; old ones are tried again after the next.
-            self.event("prune_failed", step=commit.step, why=str(error))
-        self.event(
-            "commit",
-            step=commit.step,
-            commit=commit.name,
-            uri=self._checkpoints.uri(commit),
-            digest=digest,
-            stall_s=round(stall_s, 4),
-            write_s=round(time.perf_counter() - begun, 3),
-        )
-
-    def _failed(self, commit: Commit, error: BaseException) -> None:
-        """Do without a commit that the storage refused; give up when it has for too long."""
-        now = time.monotonic()
-        self._failing_since = self._failing_since or now
-        patience = self._job.config.checkpoint.patience_s
-        if not isinstance(error, OSError) or now - self._failing_since > patience:
-            self._writer_error = error
-            return
-        why = f"{type(error).__name__}: {error}"
-        self.event("commit_failed", step=commit.step, commit=commit.name, why=why)
-        with contextlib.suppress(OSError):
-            self._checkpoints.discard(commit)  # where the disk is full, it is in the way
-
-    def _join_writer(self, timeout_s: float) -> None:
-        """Wait for the commit in the making; raise what went wrong with it."""
-        if self._writer is not None:
-            self._writer.join(timeout=timeout_s)
-            if self._writer.is_alive():
-                raise TimeoutError(
-                    f"a commit is not written after {timeout_s:g} s; raise "
-                    "checkpoint.every_steps or cluster.collective_timeout_s"
-                )
-            self._writer = None
-        if self._writer_error is not None:
-            error, self._writer_error = self._writer_error, None
-            raise error
+        self._committer.begin(Commit(progress.step, self._start.attempt), files, parts, stall)
 
     def _profile(self, step: int) -> None:
         """Record a torch trace of `train.profile_steps`, on rank 0."""

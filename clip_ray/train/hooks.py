@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 PHASES = ("data_wait", "copy", "forward", "loss", "backward", "optimizer", "checkpoint")
 # What all ranks can be asked to do at the end of a step: commit and end; commit and end, to go on
-# with other workers; commit.
-Word = Literal["stop", "yield", "commit"]
+# with other workers; commit; or to put a commit off, as one of them still writes the last.
+Word = Literal["stop", "yield", "commit", "busy"]
 WORDS: tuple[Word, ...] = get_args(Word)
 Reason = Literal["finished", "stopped", "yielded", "bad-data", "nonfinite"]
 COMMITTED: tuple[Reason, ...] = ("finished", "stopped", "yielded")
@@ -38,6 +38,9 @@ class Hooks(Protocol):
 
     def commit(self, progress: Progress) -> None:
         """Take a snapshot for a commit; may write it in the background."""
+
+    def deferred(self, step: int) -> None:
+        """Note that a commit is due after `step` and put off. Must not block."""
 
 
 @dataclass(frozen=True)

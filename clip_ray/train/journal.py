@@ -20,11 +20,15 @@ _TAIL_BYTES = 64 << 10  # many times a row's length
 
 
 class Journal:
-    """Appends rows to `<run>/<name>.jsonl`. One process writes a journal at a time."""
+    """Appends rows to `<run>/<name>.jsonl`. One process writes a journal at a time.
+
+    In it one thread may append while another flushes.
+    """
 
     def __init__(self, run: Store, name: str) -> None:
         self._run, self._name = run, name
         self._pending: list[str] = []
+        self._part = b""  # a part that may have been written: it is tried again as it is
         self._path = Path(run.uri) / f"{name}.jsonl" if isinstance(run, LocalStore) else None
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,17 +52,29 @@ class Journal:
                 raise
 
     def flush(self) -> None:
-        """Make all appended rows durable."""
+        """Make all rows durable that were appended before.
+
+        Raises:
+            OSError: it failed; the next call tries again.
+        """
         if self._path is not None:
             if self._path.exists():
                 with open(self._path, "rb+") as file:
                     os.fsync(file.fileno())
-        elif self._pending:
-            name = f"{self._name}.parts/{self._next_part:08d}.jsonl"
-            # Exclusively: a recorder that was thought dead must not write over its successor.
-            self._run.create(name, "".join(self._pending).encode())
-            self._next_part += 1
-            self._pending = []
+            return
+        if self._part:
+            self._create_part()
+        lines = list(self._pending)
+        if lines:
+            self._part = "".join(lines).encode()
+            del self._pending[: len(lines)]
+            self._create_part()
+
+    def _create_part(self) -> None:
+        # Exclusively: a recorder that was thought dead must not write over its successor.
+        self._run.create(f"{self._name}.parts/{self._next_part:08d}.jsonl", self._part)
+        self._next_part += 1
+        self._part = b""
 
     def join(self) -> None:
         """Write the whole journal under its stable name, where it is in parts."""

@@ -138,7 +138,9 @@ def train(
         if reason in COMMITTED and not result.finite and not _is_finite(model):
             reason = "nonfinite"  # the weights themselves are broken: the last commit is better
         # Amid steps that are not finite the weights may be what is wrong: a commit waits.
-        if reason in COMMITTED or (reason is None and due and result.finite):
+        if reason is None and due and result.finite and "busy" in result.asked:
+            hooks.deferred(progress.step)
+        elif reason in COMMITTED or (reason is None and due and result.finite):
             _refuse_divergence(model, progress.step)
             hooks.commit(progress)
             clock.mark("checkpoint")

@@ -106,6 +106,7 @@ class Attempt:
     rows: list[dict[str, Any]] = field(default_factory=list)
     bad: list[dict[str, Any]] = field(default_factory=list)
     commits: list[tuple[Progress, dict[str, bytes]]] = field(default_factory=list)
+    deferred_at: list[int] = field(default_factory=list)
     outcome: Outcome | None = None
     weights: Tensor = field(default_factory=lambda: torch.empty(0))
     state: Any = None
@@ -130,6 +131,9 @@ class Attempt:
 
     def commit(self, progress: Progress) -> None:
         self.commits.append((progress, self.state()))
+
+    def deferred(self, step: int) -> None:
+        self.deferred_at.append(step)
 
     @property
     def losses(self) -> list[float]:
@@ -531,6 +535,18 @@ def test_one_rank_that_is_asked_for_a_commit_makes_one(made: Made) -> None:
         assert rank.outcome is not None and rank.outcome.reason == "finished"
         steps, expected = ([p.step for p, _ in r.commits] for r in (rank, other))
         assert 5 not in expected and steps == sorted([*expected, 5])
+
+
+def test_a_commit_waits_on_all_ranks_for_the_one_that_still_writes(made: Made) -> None:
+    section = made.run.config.checkpoint.model_copy(update={"every_steps": 10})
+    run = replace(made.run, config=made.run.config.model_copy(update={"checkpoint": section}))
+    faults = Faults(ask_at=9, word="busy", ask_rank=1)
+    for rank in on_ranks(run, made.folder, 2, faults=faults):
+        assert [progress.step for progress, _ in rank.commits] == [11, 20]
+        assert rank.deferred_at == [10]
+    # The last one is not put off: no step comes after it.
+    (alone,) = on_ranks(run, made.folder, 1, faults=Faults(ask_at=19, word="busy"))
+    assert [progress.step for progress, _ in alone.commits] == [10, 20]
 
 
 def test_the_loop_says_which_phase_it_is_in(made: Made) -> None:
