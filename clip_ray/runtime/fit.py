@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import signal
 import sys
 import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from typing import Any
 
 import ray
 import ray.train
 import ray.train.torch
 
-from clip_ray.errors import CheckpointError, TrainingError
+from clip_ray.errors import StorageError, TrainingError
 from clip_ray.runtime.cluster import (
     Share,
     deal_streams,
@@ -30,9 +28,11 @@ from clip_ray.runtime.cluster import (
     worker_bundles,
 )
 from clip_ray.runtime.progress import ProgressLine
-from clip_ray.runtime.pulse import STRAGGLES, Hang, Health, Pulse, Stragglers, end_process
+from clip_ray.runtime.pulse import Health, Stragglers, end_process
 from clip_ray.runtime.recorder import send_event
 from clip_ray.runtime.room import Room
+from clip_ray.runtime.signals import Signals
+from clip_ray.runtime.watch import Watch
 from clip_ray.runtime.worker import Job, Result, run_worker
 from clip_ray.tracking import Tracker
 from clip_ray.train.checkpoint import Checkpoints
@@ -44,6 +44,7 @@ from clip_ray.train.rundir import Run
 from clip_ray.train.state import Progress
 
 POLL_S = 0.5
+PAUSE_S = 10.0  # before a storage that did not answer is asked again; doubled each time
 STOP_TIMEOUT_S = 900.0  # a commit in the making and the last step
 
 
@@ -67,26 +68,31 @@ def fit_run(
     """
     line = ProgressLine(run, start_step, sys.stderr)
     inbox = Inbox(run.store)
-    watch = _Watch(run, recorder, tracker, line, inbox)
+    watch = Watch(run, recorder, tracker, line, inbox)
     driver, fruitless = uuid.uuid4().hex, 0
+    most = run.config.cluster.max_fruitless_attempts
     stop.deferred = True
     try:
         while True:
-            commit = _newest_commit(run)
-            ended = _Group(run, share, recorder, driver, watch, stop).follow()
+            ended, fruitful = _one_group(run, share, recorder, driver, watch, stop)
             if isinstance(ended, Result):
                 if ended.outcome is None or ended.outcome.reason != "yielded":
                     return ended
-            elif _newest_commit(run) == commit:
-                fruitless += 1
-                if fruitless >= run.config.cluster.max_fruitless_attempts:
+            else:
+                fruitless = 0 if fruitful else fruitless + 1
+                if fruitless >= most:
                     raise TrainingError(
                         f"{fruitless} attempts in a row ended without a new commit; the last: "
                         f"{_cause(run, ended)} (all in {run.store.uri}/events.jsonl)"
                     ) from ended
-            else:
-                fruitless = 0
             try:
+                if isinstance(ended, StorageError):
+                    pause_s = PAUSE_S * 2 ** (fruitless - 1)
+                    watch.note(
+                        f"the storage does not answer ({ended}); again in {pause_s:g} s, attempt "
+                        f"{fruitless + 1} of {most}"
+                    )
+                    _pause(pause_s, run, watch, stop)
                 share = _next_share(run, share, watch, stop)
             except _StoppedError:
                 return Result(Outcome("stopped", Progress(0, run.plan.digest)))
@@ -97,14 +103,28 @@ def fit_run(
         recorder.training_ended.remote()
 
 
+def _one_group(
+    run: Run, share: Share, recorder: Any, driver: str, watch: Watch, stop: Signals
+) -> tuple[Result | BaseException, bool]:
+    """Run one group of workers; return how it ended, and whether there is a new commit."""
+    try:
+        before = _newest_commit(run)
+        ended = _Group(run, share, recorder, driver, watch, stop).follow()
+        return ended, isinstance(ended, Result) or _newest_commit(run) != before
+    except StorageError as error:
+        return error, False
+
+
 class _StoppedError(Exception):
     """The run was asked to end while there was no group of workers."""
 
 
 def _cause(run: Run, ended: BaseException) -> str:
     """Say why a group ended: what its workers raised, else what Ray Train says."""
-    failed = [e for e in read_journal(run.store, "events") if e["event"] == "attempt_failed"]
-    causes = failed[-1]["causes"] if failed else {}
+    failed: list[Row] = []
+    with contextlib.suppress(StorageError):
+        failed = [e for e in read_journal(run.store, "events") if e["event"] == "attempt_failed"]
+    causes = failed[-1]["causes"] if failed and not isinstance(ended, StorageError) else {}
     said = "; ".join(f"rank {rank}: {cause}" for rank, cause in causes.items())
     return said or f"{type(ended).__name__}: {str(ended).strip().splitlines()[-1]}"
 
@@ -114,20 +134,30 @@ def _newest_commit(run: Run) -> str:
     return commits[-1].name if commits else ""
 
 
-def _next_share(run: Run, share: Share, watch: _Watch, stop: Signals) -> Share:
+def _check(run: Run, watch: Watch, stop: Signals) -> None:
+    """Raise where the run is to end while there is no group of workers."""
+    stop.check(run.store.uri)
+    if stop.received or watch.asked_to_end():
+        raise _StoppedError
+
+
+def _pause(seconds: float, run: Run, watch: Watch, stop: Signals) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        _check(run, watch, stop)
+        time.sleep(POLL_S)
+
+
+def _next_share(run: Run, share: Share, watch: Watch, stop: Signals) -> Share:
     """Wait, bounded, until the cluster has room for the next group of workers."""
     cluster = run.config.cluster
-
-    def check() -> None:
-        stop.check(run.store.uri)
-        if stop.received or watch.asked_to_end():
-            raise _StoppedError
-
-    check()
+    _check(run, watch, stop)
     if is_local(cluster):
         return share
     gpu = bool(share.worker_gpus)
-    found = wait_for_share(cluster, gpu, cluster.rejoin_timeout_s, watch.note, check)
+    found = wait_for_share(
+        cluster, gpu, cluster.rejoin_timeout_s, watch.note, lambda: _check(run, watch, stop)
+    )
     found = deal_streams(found, cluster, usable_nodes())
     if found.num_workers != share.num_workers:
         watch.note(f"{found.num_workers} workers in the place of {share.num_workers}")
@@ -138,7 +168,7 @@ class _Group:
     """One group of workers: Ray Train's `fit()` on a thread, and all that is watched meanwhile."""
 
     def __init__(
-        self, run: Run, share: Share, recorder: Any, driver: str, watch: _Watch, stop: Signals
+        self, run: Run, share: Share, recorder: Any, driver: str, watch: Watch, stop: Signals
     ) -> None:
         self._run, self._share, self._recorder = run, share, recorder
         self._watch, self._stop = watch, stop
@@ -257,128 +287,6 @@ class _Group:
             self._recorder.ask.remote("yield")
 
 
-class _Watch:
-    """Follows the recorder: rows to MLflow and the progress line, events to the user."""
-
-    def __init__(
-        self, run: Run, recorder: Any, tracker: Tracker, line: ProgressLine, inbox: Inbox
-    ) -> None:
-        self._run, self._recorder, self._tracker, self._line = run, recorder, tracker, line
-        self._inbox = inbox
-        self._incarnation, self._cursor = "", 0
-        self._slow, self._straggler = "", -1
-        self.note = line.note
-
-    def poll(self) -> list[Row]:
-        """Take what is new, and return the steps. A recorder that restarts is asked again."""
-        try:
-            call = self._recorder.log_since.remote(self._incarnation, self._cursor)
-            incarnation, self._cursor, rows = ray.get(call, timeout=30)
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
-            return []
-        if self._incarnation and incarnation != self._incarnation:
-            # What the last one took and had not yet told: the journal has it.
-            self._tracker.offer(read_journal(self._run.store, "metrics"))
-        self._incarnation = incarnation
-        metrics = [row for journal, row in rows if journal == "metrics"]
-        self._tracker.offer(metrics)
-        for journal, row in rows:
-            if journal == "events":
-                self._event(row)
-            elif journal == "quarantine":
-                self._line.bad(row)
-        self._line.steps(metrics, self._tracker.lag())
-        self._inbox.saw(rows)
-        return metrics
-
-    def asked_to_end(self) -> str:
-        """Take what was asked through the storage; return who asked for the end, if anybody."""
-        for request in self._inbox.take():
-            self.event("asked", wish=request.wish, by=request.by)
-            if request.wish == "commit":
-                self.note(f"{request.by} asks for a commit")
-        return self._inbox.stop_by and f"asked by {self._inbox.stop_by}"
-
-    def relay_wish_for_commit(self) -> None:
-        """Tell the ranks, through the recorder, whether a commit is asked for."""
-        call = self._recorder.ask if self._inbox.wants_commit else self._recorder.forget
-        call.remote("commit")
-
-    def pulses(self, group: str) -> list[Pulse]:
-        """Return the last sign of life of each worker."""
-        try:
-            found: list[Pulse] = ray.get(self._recorder.pulses.remote(group), timeout=30)
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
-            return []
-        return found
-
-    def event(self, name: str, **fields: Any) -> None:
-        """Journal an event of the driver's."""
-        send_event(self._recorder, {"time": time.time(), "event": name, **fields})
-
-    def hang(self, hang: Hang, how: str) -> None:
-        """Say which worker hung, and where."""
-        pulse = hang.pulse
-        self.note(f"{pulse.who} hangs: {hang.why}; {how}")
-        self.event(
-            "hang",
-            rank=pulse.rank,
-            host=pulse.host,
-            pid=pulse.pid,
-            step=pulse.step,
-            phase=pulse.phase,
-            why=hang.why,
-            ended=how,
-            stack=pulse.stack,
-        )
-
-    def compared(self, times: Row) -> None:
-        """Journal the ranks' times, and name one that is far slower than the others."""
-        self.event("ranks", **times)
-        usual, most = times["compute_p50_s"], times["compute_max_s"]
-        if most > STRAGGLES * usual and self._straggler != times["slowest_rank"]:
-            self._straggler = times["slowest_rank"]
-            self.note(
-                f"rank {times['slowest_rank']} on {times['slowest_host']} holds the others up: "
-                f"{1000 * most:.0f} ms of its own work a step, the median is {1000 * usual:.0f}"
-            )
-
-    def slow(self, pulse: Pulse) -> None:
-        """Say, once for each rank and phase, what all wait for."""
-        text = f"all wait for {pulse.who}, in {pulse.phase}"
-        if text != self._slow:
-            self._slow = text
-            self.note(f"{text} for {pulse.still_s:.0f} s")
-            self.event("slow", rank=pulse.rank, host=pulse.host, phase=pulse.phase)
-
-    def _event(self, row: Row) -> None:
-        kind = row["event"]
-        if kind == "commit":
-            self._line.committed(row["step"])
-            self._tracker.log_checkpoint(row["step"], row["uri"], row["digest"])
-        elif kind == "commit_failed":
-            self.note(f"NO COMMIT of step {row['step']}: {row['why']}; the next one is tried")
-        elif kind == "commit_deferred":
-            self.note(
-                f"the commit due before step {row['step']} waits: the one before it is still being "
-                f"written, for {row['waited_s']:.0f} s now (a slow or silent storage); steps go on"
-            )
-        elif kind == "attempt_failed":
-            causes = "; ".join(f"rank {r}: {c}" for r, c in row["causes"].items())
-            self._line.note(f"the workers stopped ({causes or 'process died'}); starting again")
-        elif kind == "attempt" and row["attempt"] > 1:
-            start = row["commit"] or "the beginning"
-            self._line.note(f"attempt {row['attempt']} goes on from {start}")
-        elif kind == "commit_rejected":
-            self._line.note(f"COMMIT {row['commit']} IS DAMAGED and not used: {row['why']}")
-        elif kind == "rollback":
-            self._line.note(f"step {row['step']}: {row['reason']}; back to the last commit, once")
-        elif kind == "tracking_outage":
-            self._line.note(f"MLflow does not answer ({row.get('error')}); the journal keeps all")
-        elif kind == "tracking_recovered":
-            self._line.note("MLflow answers again")
-
-
 class CauseOfRestart(ray.train.UserCallback):
     """Tells the recorder why a worker group ended; runs in Ray Train's controller."""
 
@@ -394,59 +302,3 @@ class CauseOfRestart(ray.train.UserCallback):
         }
         row = {"time": time.time(), "event": "attempt_failed", "causes": causes}
         send_event(self._recorder, row)
-
-
-class Signals:
-    """What may end a run from outside, as facts to look at: signals, and the loss of the lease."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self.count = 0
-        self.deferred = False
-        self.lease_lost = threading.Event()
-
-    @property
-    def name(self) -> str:
-        """Name of the last signal received, such as SIGTERM."""
-        return signal.Signals(self.received).name if self.received else ""
-
-    def check(self, run_uri: str) -> None:
-        """Raise where nothing more is to be waited for.
-
-        Raises:
-            TrainingError: a second signal came.
-            CheckpointError: another job has the run's lease.
-        """
-        if self.lease_lost.is_set():
-            raise CheckpointError(
-                f"run {run_uri} was taken over by another job while this one did not run"
-            )
-        if self.count > 1:
-            raise TrainingError(f"stopped by {self.name} before the commit was written")
-
-    def own(self) -> None:
-        """Make SIGINT and SIGTERM come here; only the main thread can."""
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self.take)
-
-    def take(self, number: int, frame: Any) -> None:
-        """Note a signal, or end the process where nobody looks; installed as its handler."""
-        self.received = number
-        self.count += 1
-        if not self.deferred:
-            raise SystemExit(128 + number)
-
-
-@contextlib.contextmanager
-def owned_signals() -> Iterator[Signals]:
-    """Take SIGINT and SIGTERM while the block runs, and give them back."""
-    signals = Signals()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signals.own()
-    try:
-        yield signals
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in before.items():
-                signal.signal(number, handler)

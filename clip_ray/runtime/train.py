@@ -21,7 +21,7 @@ from clip_ray.config import Config, S3Options
 from clip_ray.data.bundled import PREFIX, unbundle
 from clip_ray.data.manifest import Manifest
 from clip_ray.data.quarantine import BadSample, summarise
-from clip_ray.errors import DataError, TrainingError
+from clip_ray.errors import DataError, StorageError, TrainingError
 from clip_ray.runtime.cluster import (
     Share,
     absolute,
@@ -32,7 +32,7 @@ from clip_ray.runtime.cluster import (
     ray_temp,
 )
 from clip_ray.runtime.finish import evaluate_model, export_model, summarize
-from clip_ray.runtime.fit import Signals, fit_run, owned_signals
+from clip_ray.runtime.fit import fit_run
 from clip_ray.runtime.index import index_data
 from clip_ray.runtime.progress import start_block, summary_table
 from clip_ray.runtime.publish import (
@@ -43,6 +43,7 @@ from clip_ray.runtime.publish import (
     start_tracker,
 )
 from clip_ray.runtime.recorder import Recorder, send_event
+from clip_ray.runtime.signals import Signals, owned_signals
 from clip_ray.runtime.worker import Result
 from clip_ray.storage import LocalStore, Store, open_store
 from clip_ray.tracking import Tracker, default_tracking_uri
@@ -192,14 +193,20 @@ def _run_job(run: Run, share: Share, command: list[str], stop: Signals, say: Say
         status = "FINISHED"
         return Ended(summary)
     except Exception as error:
-        commits = Checkpoints(run.store).commits()
-        last = f"last commit: {commits[-1].name}" if commits else "nothing is committed yet"
-        error.add_note(f"{last}; to resume: {' '.join(command)}")
+        error.add_note(f"{_last_commit(run)}; to resume: {' '.join(command)}")
         raise
     finally:
         with contextlib.suppress(ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
             ray.get(recorder.close.remote(), timeout=60)
         close_tracker(run, tracker, status, summary, say)
+
+
+def _last_commit(run: Run) -> str:
+    try:
+        commits = Checkpoints(run.store).commits()
+    except StorageError:
+        return "the storage does not answer: what is committed last is not known"
+    return f"last commit: {commits[-1].name}" if commits else "nothing is committed yet"
 
 
 def _start_step(run: Run) -> int:
