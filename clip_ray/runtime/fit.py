@@ -27,6 +27,7 @@ from clip_ray.runtime.cluster import (
     wait_for_share,
     worker_bundles,
 )
+from clip_ray.runtime.preemption import WorkersConfig
 from clip_ray.runtime.progress import ProgressLine
 from clip_ray.runtime.pulse import Health, Stragglers, end_process
 from clip_ray.runtime.recorder import send_event
@@ -245,7 +246,7 @@ class _Group:
         return api.torch.TorchTrainer(
             run_worker,
             train_loop_config={"job": self._job},
-            torch_config=api.torch.TorchConfig(
+            torch_config=WorkersConfig(
                 backend="cpu:gloo,cuda:nccl" if share.worker_gpus else "gloo",
                 timeout_s=config.cluster.collective_timeout_s,
             ),

@@ -97,7 +97,7 @@ class Heart:
         self._training = threading.get_ident()
         self._ended = threading.Event()
         context = ray.get_runtime_context()
-        self._node, self._host = context.get_node_id(), ray.util.get_node_ip_address()
+        self._node, self.host = context.get_node_id(), ray.util.get_node_ip_address()
         threading.Thread(target=self._beat, name="heart", daemon=True).start()
 
     def moved(self, step: int, phase: str) -> None:
@@ -133,7 +133,7 @@ class Heart:
             self._rank,
             os.getpid(),
             self._node,
-            self._host,
+            self.host,
             step,
             phase,
             still_s,

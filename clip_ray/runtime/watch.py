@@ -128,6 +128,11 @@ class Watch:
         elif kind == "attempt_failed":
             causes = "; ".join(f"rank {r}: {c}" for r, c in row["causes"].items())
             self._line.note(f"the workers stopped ({causes or 'process died'}); starting again")
+        elif kind == "preempted":
+            self.note(
+                f"rank {row['rank']} (process {row['pid']} on {row['host']}) got SIGTERM: "
+                "committing, then going on with other workers"
+            )
         elif kind == "attempt" and row["attempt"] > 1:
             start = row["commit"] or "the beginning"
             self._line.note(f"attempt {row['attempt']} goes on from {start}")

@@ -25,6 +25,7 @@ from clip_ray.config import Config
 from clip_ray.config.load import dump_config
 from clip_ray.data.blocks import Layout
 from clip_ray.errors import CheckpointError, ConfigError, RegistryError, TrainingError
+from clip_ray.runtime import preemption
 from clip_ray.runtime.cluster import Share
 from clip_ray.runtime.data import BatchStream
 from clip_ray.runtime.pulse import Heart
@@ -253,9 +254,14 @@ class _Attempt:
         )
         self._profiler: Any = None
         self._committed_as_asked = False
+        self._notice, self._notice_told = preemption.installed(), False
 
     def run(self) -> Outcome:
         """Run the loop to its end, and wait for the last commit."""
+        with self._notice.heeded():
+            return self._run()
+
+    def _run(self) -> Outcome:
         job = self._job
         stream = BatchStream(
             job.recorder,
@@ -318,7 +324,17 @@ class _Attempt:
         if "commit" not in asked:
             self._committed_as_asked = False
         words = asked - {"commit"} if self._committed_as_asked else asked
+        if self._notice.received:
+            words = words | {"yield"}
+            self._tell_of_notice()
         return words | {"busy"} if self._committer.busy else words
+
+    def _tell_of_notice(self) -> None:
+        if not self._notice_told:
+            self._notice_told = True
+            row = {"event": "preempted", "rank": self._rank, "host": self._heart.host}
+            row |= {"pid": os.getpid(), "time": time.time(), "attempt": self._start.attempt}
+            self._reporter.add("events", [row])
 
     def entered(self, step: int, phase: str) -> None:
         """See `train.hooks.Hooks`."""

@@ -10,6 +10,7 @@ from clip_ray.train.journal import Row, lineage
 _CAUSES = {
     "hang": "hang",
     "yield": "resize",
+    "preempted": "preempted",
     "rollback": "rollback",
     "attempt_failed": "workers failed",
 }

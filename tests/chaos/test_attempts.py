@@ -1,0 +1,31 @@
+"""What ends an attempt, and what does not: one worker that is taken away, storage that hangs."""
+
+from __future__ import annotations
+
+import psutil
+import pytest
+
+from clip_ray.storage import LocalStore
+from tests.chaos.conftest import STEPS
+from tests.chaos.test_faults import assert_same_end, events, processes
+
+pytestmark = [pytest.mark.ray, pytest.mark.chaos]
+
+
+def test_a_worker_that_is_told_to_go_costs_no_step(jobs, undisturbed):
+    """SIGTERM to rank 1's process alone, as when one container of several is taken away."""
+    job = jobs.start("told", *STEPS)
+    jobs.wait_for_step("told", 30)
+    run = LocalStore(jobs.run_dir("told"))
+    (began,) = events(run, "attempt")
+    (other,) = [p for p in processes(jobs.head, "ray::RayTrainWorker") if p.pid != began["pid"]]
+    other.terminate()
+    output = jobs.finish(job)
+    (told,) = events(run, "preempted")
+    assert (told["rank"], told["pid"]) == (1, other.pid) and not psutil.pid_exists(other.pid)
+    assert f"rank 1 (process {other.pid} on " in output and "got SIGTERM: committing" in output
+    assert [event["recomputes"] for event in events(run, "attempt")] == [0, 0]
+    assert events(run, "attempt_failed") == []
+    summary = jobs.summary("told")
+    assert summary["recomputed_steps"] == 0 and list(summary["recoveries"]) == ["preempted"]
+    assert_same_end(run, undisturbed)
