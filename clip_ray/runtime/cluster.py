@@ -326,6 +326,22 @@ def leaving_nodes() -> dict[str, int]:
     return found
 
 
+def dealing_nodes(since: float) -> set[str]:
+    """Return the nodes of the actors that deal this job's data to its workers.
+
+    Args:
+        since: unix time; those that started earlier belong to a group of workers that has ended.
+    """
+    job = ray.get_runtime_context().get_job_id()
+    return {
+        actor["Address"]["NodeID"]
+        for actor in ray._private.state.actors(job_id=ray.JobID.from_hex(job)).values()
+        if actor["ActorClassName"] == "SplitCoordinator"
+        and actor["State"] == "ALIVE"
+        and actor["StartTime"] > 1000 * since
+    }
+
+
 def free_resources() -> dict[str, float]:
     """Return what is free on the nodes that will stay."""
     by_node = ray._private.state.available_resources_per_node()

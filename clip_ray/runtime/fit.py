@@ -272,17 +272,24 @@ class _Group:
         hang = None if self._hung else self._health.judge(pulses)
         if hang is not None:
             self._hung = True  # the group ends: what was last heard of it says nothing more
-            self._watch.hang(hang, end_process(hang.pulse))
+            self._watch.hang(hang, *end_process(hang.pulse))
         times = self._stragglers.compare(pulses)
         if times is not None:
             self._watch.compared(times)
         slow = self._health.slow(pulses)
         if slow is not None:
             self._watch.slow(slow)
+        end = self._room.driver_goes()
+        if end:
+            self._watch.note(f"{end}: committing now; what comes after it is lost with the node")
+            self._watch.event("driver_leaves", why=end)
+            self._watch.hurry(self._room.left_s)
+            self._watch.wish_for_commit()
         why = self._room.why_yield({pulse.node for pulse in pulses})
         if why and not self._asked:
             self._watch.note(f"{why}: committing, then going on with other workers")
             self._watch.event("yield", why=why)
+            self._watch.hurry(self._room.left_s)
             self._asked = True
         if self._asked:
             self._recorder.ask.remote("yield")

@@ -23,6 +23,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from clip_ray.runtime import stacks
 from clip_ray.train.hooks import PHASES
 from clip_ray.train.journal import Row
 
@@ -267,31 +268,43 @@ def last_mover(pulses: list[Pulse]) -> Pulse:
     return min(pulses, key=lambda p: (p.step, _ORDER.index(p.phase), -p.still_s))
 
 
-def end_process(pulse: Pulse, timeout_s: float = 30.0) -> str:
-    """Kill a rank's process on its node; return what was found there."""
-    return signal_process(pulse.node, pulse.pid, signal.SIGKILL, timeout_s)
+def end_process(pulse: Pulse, timeout_s: float = 30.0) -> tuple[str, str]:
+    """Kill a rank's process on its node; return what was found there, and where its threads were.
+
+    Where nobody could look, the stack is what the rank itself has sent, or why there is none.
+    """
+    how, stack = _reach(pulse.node, pulse.pid, signal.SIGKILL, True, timeout_s)
+    return how, stack if stacks.short(stack) or not pulse.stack else pulse.stack
 
 
 def signal_process(node: str, pid: int, number: int, timeout_s: float = 30.0) -> str:
     """Send a signal to a worker's process on its node; return what was found there."""
+    return _reach(node, pid, number, False, timeout_s)[0]
+
+
+def _reach(node: str, pid: int, number: int, look: bool, timeout_s: float) -> tuple[str, str]:
     there = NodeAffinitySchedulingStrategy(node, soft=False)
     try:
-        call = _signal.options(scheduling_strategy=there).remote(pid, number)
-        return str(ray.get(call, timeout=timeout_s))
+        call = _signal.options(scheduling_strategy=there).remote(pid, number, look)
+        found: tuple[str, str] = ray.get(call, timeout=timeout_s)
+        return found
     except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
-        return f"not reached: {type(error).__name__}"
+        return f"not reached: {type(error).__name__}", ""
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def _signal(pid: int, number: int) -> str:
+def _signal(pid: int, number: int, look: bool) -> tuple[str, str]:
+    """Signal a process; return what was found, and the stacks of its threads if asked for."""
     process = Path(f"/proc/{pid}")
+    stack = ""
     try:
         if process.exists() and not process.joinpath("cmdline").read_bytes().startswith(b"ray::"):
-            return "another process has its number"
+            return "another process has its number", ""
         states = (process / "status").read_text().splitlines() if process.exists() else []
+        stack = stacks.dump(pid) if look and states else ""
         os.kill(pid, number)
     except (ProcessLookupError, FileNotFoundError):
-        return "gone already"
+        return "gone already", stack
     state = next((line.split(":", 1)[1].strip() for line in states if "State" in line), "")
     done = "killed" if number == signal.SIGKILL else signal.Signals(number).name
-    return f"{done} (state {state})" if state else done
+    return f"{done} (state {state})" if state else done, stack

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Set
 from typing import Any
 
 import ray
@@ -11,6 +12,7 @@ from ray.util import placement_group, remove_placement_group
 from clip_ray.config import ClusterConfig
 from clip_ray.runtime.cluster import (
     Share,
+    dealing_nodes,
     is_local,
     leaving_nodes,
     share_of,
@@ -34,6 +36,9 @@ class Room:
 
     def __init__(self, config: ClusterConfig, share: Share) -> None:
         self._config, self._share = config, share
+        self._begun = time.time()
+        self._driver_told = False
+        self._deadline_ms = 0
         self._looked = time.monotonic()
         self._larger_since: float | None = None
         self._not_before = 0.0
@@ -50,11 +55,30 @@ class Room:
         if is_local(self._config) or now - self._looked < LOOK_S:
             return ""
         self._looked = now
-        leaving = nodes & leaving_nodes().keys()
-        if leaving:
-            hosts = [n["NodeManagerAddress"] for n in ray.nodes() if n["NodeID"] in leaving]
-            return f"node {', '.join(sorted(hosts))} is to be taken away"
+        leaving = leaving_nodes()
+        going = nodes & leaving.keys()
+        what = ""
+        if leaving and not going:
+            going, what = dealing_nodes(self._begun) & leaving.keys(), ", which deals the data,"
+        if going:
+            self._deadline_ms = min(leaving[node] for node in going)
+            return f"node {_hosts(going)}{what} is to be taken away"
         return self._grown(now)
+
+    def driver_goes(self) -> str:
+        """Return, once, that this job's own node is to be taken away: nothing can go on then."""
+        if self._driver_told or is_local(self._config):
+            return ""
+        here, leaving = ray.get_runtime_context().get_node_id(), leaving_nodes()
+        if here not in leaving:
+            return ""
+        self._driver_told, self._deadline_ms = True, leaving[here]
+        return f"node {_hosts({here})}, which this job runs on, is to be taken away"
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until the node is taken away that was spoken of last; none = nobody said."""
+        return self._deadline_ms / 1000 - time.time() if self._deadline_ms else None
 
     def close(self) -> None:
         """Give back what was tried."""
@@ -93,3 +117,9 @@ class Room:
         }
         found, _ = share_of(total, nodes, self._config, bool(self._share.worker_gpus))
         return found.num_workers if found else 0
+
+
+def _hosts(nodes: Set[str]) -> str:
+    return ", ".join(
+        sorted(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] in nodes)
+    )

@@ -9,6 +9,7 @@ from typing import Any
 import ray
 
 from clip_ray.errors import StorageError
+from clip_ray.runtime import stacks
 from clip_ray.runtime.progress import ProgressLine
 from clip_ray.runtime.pulse import STRAGGLES, Hang, Pulse
 from clip_ray.runtime.recorder import send_event
@@ -28,6 +29,8 @@ class Watch:
         self._inbox = inbox
         self._incarnation, self._cursor = "", 0
         self._slow, self._straggler = "", -1
+        self._write_s: float | None = None
+        self._wishes = False
         self.note = line.note
 
     def poll(self) -> list[Row]:
@@ -63,8 +66,27 @@ class Watch:
 
     def relay_wish_for_commit(self) -> None:
         """Tell the ranks, through the recorder, whether a commit is asked for."""
-        call = self._recorder.ask if self._inbox.wants_commit else self._recorder.forget
+        wanted = self._wishes or self._inbox.wants_commit
+        call = self._recorder.ask if wanted else self._recorder.forget
         call.remote("commit")
+
+    def wish_for_commit(self) -> None:
+        """Have a commit made soon, besides those that are due."""
+        self._wishes = True
+
+    def hurry(self, left_s: float | None) -> None:
+        """Warn where a commit may take longer than there is time for it.
+
+        Args:
+            left_s: seconds until its writer is taken away; none = nobody said.
+        """
+        if left_s is not None and self._write_s is not None and self._write_s > left_s:
+            self.note(
+                f"TOO LITTLE TIME: {max(left_s, 0):.0f} s are left, the last commit took "
+                f"{self._write_s:.0f} s to write: the steps since it may be lost. More time of "
+                "notice, more checkpoint.writers or fewer checkpoint.every_steps help"
+            )
+            self.event("short_notice", left_s=round(left_s, 1), write_s=self._write_s)
 
     def pulses(self, group: str) -> list[Pulse]:
         """Return the last sign of life of each worker."""
@@ -78,10 +100,11 @@ class Watch:
         """Journal an event of the driver's."""
         send_event(self._recorder, {"time": time.time(), "event": name, **fields})
 
-    def hang(self, hang: Hang, how: str) -> None:
-        """Say which worker hung, and where."""
+    def hang(self, hang: Hang, how: str, stack: str) -> None:
+        """Say which worker hung, and where; the event has the stacks of all its threads."""
         pulse = hang.pulse
-        self.note(f"{pulse.who} hangs: {hang.why}; {how}")
+        where = stacks.short(stack)
+        self.note(f"{pulse.who} hangs: {hang.why}; {how}" + (f"; it was in {where}" * bool(where)))
         self.event(
             "hang",
             rank=pulse.rank,
@@ -91,7 +114,7 @@ class Watch:
             phase=pulse.phase,
             why=hang.why,
             ended=how,
-            stack=pulse.stack,
+            stack=stack,
         )
 
     def compared(self, times: Row) -> None:
@@ -116,6 +139,7 @@ class Watch:
     def _event(self, row: Row) -> None:
         kind = row["event"]
         if kind == "commit":
+            self._write_s, self._wishes = row["write_s"], False
             self._line.committed(row["step"])
             self._tracker.log_checkpoint(row["step"], row["uri"], row["digest"])
         elif kind == "commit_failed":

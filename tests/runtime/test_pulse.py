@@ -12,6 +12,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
+from clip_ray.runtime import stacks
 from clip_ray.runtime.pulse import (
     BEAT_S,
     FIRST_S,
@@ -22,6 +23,7 @@ from clip_ray.runtime.pulse import (
     Pulse,
     Stragglers,
     _signal,
+    end_process,
     last_mover,
 )
 
@@ -160,15 +162,49 @@ def test_a_rank_that_is_still_sends_its_stack(monkeypatch):
 
 
 def test_only_a_worker_of_ray_is_killed():
-    kill = partial(_signal._function, number=signal.SIGKILL)
+    kill = partial(_signal._function, number=signal.SIGKILL, look=True)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        assert kill(other.pid) == "another process has its number"
+        assert kill(other.pid) == ("another process has its number", "")
         assert other.poll() is None
         other.kill()
-    assert kill(other.pid) == "gone already"
-    script = "import os, sys; os.execv(sys.executable, ['ray::Worker', '-c', 'input()'])"
-    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE) as mine:
-        while not open(f"/proc/{mine.pid}/cmdline", "rb").read().startswith(b"ray::"):
-            os.sched_yield()
-        assert kill(mine.pid).startswith("killed (state ")
-        assert mine.wait(10) == -9
+    assert kill(other.pid) == ("gone already", "")
+
+
+STOPPED = """
+import os, signal, sys, threading
+
+def waits_for_ever():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+thread = threading.Thread(target=waits_for_ever, name="TrainingThread(run_worker)")
+thread.start()
+thread.join()
+"""
+
+
+def test_where_a_stopped_worker_is_is_seen_before_it_is_killed(tmp_path):
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    script = "import os, sys; os.execv(sys.executable, ['ray::Worker', 'stopped.py'])"
+    with subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path) as mine:
+        os.waitpid(mine.pid, os.WUNTRACED)
+        how, stack = _signal._function(mine.pid, signal.SIGKILL, look=True)
+        assert how == "killed (state T (stopped))" and mine.wait(10) == -9
+    if stack.startswith("no stack: ") and os.geteuid() != 0:
+        pytest.skip(stack)
+    assert stacks.short(stack).startswith("waits_for_ever (stopped.py:5) < "), stack
+
+
+def test_the_stack_that_a_rank_sent_stands_in_where_nobody_may_look(monkeypatch):
+    sent = 'File "/x/loop.py", line 3, in train\n  y()\nFile "/x/gloo.py", line 9, in wait\n'
+    assert stacks.short(sent) == "wait (gloo.py:9) < train (loop.py:3)"
+    for seen, expected in (("no stack: not permitted", sent), ("", sent)):
+        monkeypatch.setattr("clip_ray.runtime.pulse._reach", lambda *a, seen=seen: ("killed", seen))
+        assert end_process(replace(pulse(1), stack=sent)) == ("killed", expected)
+    monkeypatch.setattr("clip_ray.runtime.pulse._reach", lambda *a: ("killed", "no stack: why"))
+    assert end_process(pulse(1)) == ("killed", "no stack: why")
+
+
+def test_a_program_that_is_missing_or_slow_is_said(monkeypatch):
+    monkeypatch.setattr(stacks.sys, "executable", "/nowhere/python")
+    assert stacks.dump(1).startswith("no stack: [Errno 2]")
+    assert stacks.short(stacks.dump(1)) == ""

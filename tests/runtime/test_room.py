@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from clip_ray.config import ClusterConfig
@@ -15,10 +17,16 @@ class Cluster:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.nodes, self.leaving, self.now, self.free = ["a", "b"], set(), 0.0, True
+        self.at_ms = 0
+        self.dealing: set[str] = set()
         self.asked: list[int] = []
         self.held = 0
         monkeypatch.setattr(room.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(room, "leaving_nodes", lambda: dict.fromkeys(self.leaving, 0))
+        monkeypatch.setattr(room, "leaving_nodes", lambda: dict.fromkeys(self.leaving, self.at_ms))
+        monkeypatch.setattr(room, "dealing_nodes", lambda since: self.dealing)
+        monkeypatch.setattr(room.time, "time", lambda: 1000.0)
+        context = SimpleNamespace(get_node_id=lambda: "driver")
+        monkeypatch.setattr(room.ray, "get_runtime_context", lambda: context)
         monkeypatch.setattr(room.ray, "nodes", self.all)
         monkeypatch.setattr(room, "usable_nodes", self.usable)
         monkeypatch.setattr(room, "placement_group", self.place)
@@ -105,6 +113,31 @@ def test_a_node_that_is_to_go_is_left_if_a_worker_is_on_it(cluster):
     cluster.leaving = {"b"}
     assert until(made(3, 3), cluster, 100, {"a"}) == ""
     assert until(made(3, 3), cluster, 100, {"a", "b"}) == "node host-b is to be taken away"
+
+
+def test_a_node_that_deals_the_data_is_left_too(cluster):
+    cluster.leaving = cluster.dealing = {"b"}
+    why = until(made(3, 3), cluster, 100, {"a"})
+    assert why == "node host-b, which deals the data, is to be taken away"
+    cluster.dealing = {"a"}
+    assert until(made(3, 3), cluster, 100, {"a"}) == ""
+
+
+@pytest.mark.parametrize(("at_ms", "left"), [(0, None), (1_030_000, 30.0)])
+def test_the_time_that_is_left_is_known_where_somebody_said_it(cluster, at_ms, left):
+    found = made(3, 3)
+    cluster.leaving, cluster.at_ms = {"b"}, at_ms
+    assert until(found, cluster, 10, {"b"}) and found.left_s == left
+
+
+def test_that_the_jobs_own_node_goes_is_said_once(cluster):
+    found = made(3, 3)
+    assert found.driver_goes() == ""
+    cluster.nodes.append("driver")
+    cluster.leaving, cluster.at_ms = {"driver"}, 1_030_000
+    assert found.driver_goes() == "node host-driver, which this job runs on, is to be taken away"
+    assert found.left_s == 30 and found.driver_goes() == ""
+    assert until(found, cluster, 100, {"a", "b"}) == ""
 
 
 def test_a_ray_of_our_own_does_not_change(cluster, monkeypatch):
