@@ -237,6 +237,7 @@ class BatchStream:
         self._ranks = ranks_beside(rank, layout.world_size, share.streams)
         self._pieces = segments(layout, len(self._ranks), first_step, last_step, segment_blocks)
         self._boxes: list[str] = []
+        self._awaited: dict[int, int] = {}  # by segment that is read: the next block
         self._closed = threading.Event()
         # The next window is assembled while the half of this one that waits here is trained on.
         self._batches: _Pipe[Batch] = _Pipe(max(layout.window // 2, 1), self._closed)
@@ -245,14 +246,21 @@ class BatchStream:
         )
         self._thread.start()
 
+    @property
+    def awaited(self) -> int | None:
+        """Number of the block that comes next, None where there is none (yet)."""
+        return min(dict(self._awaited).values(), default=None)
+
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches; raises what the reading raised."""
         try:
             yield from self._batches.take(FIRST_BATCH_TIMEOUT_S)
         except queue.Empty:
             raise TrainingError(
-                f"rank {self._rank}: no batch within {FIRST_BATCH_TIMEOUT_S:g} s; the reading "
-                "tasks are stuck or have no CPU (see the cluster's `ray status`)"
+                f"rank {self._rank}: no batch within {FIRST_BATCH_TIMEOUT_S:g} s (block "
+                f"{self.awaited} of the stream of ranks {self._ranks.start} to "
+                f"{self._ranks.stop - 1}); the reading tasks are stuck or have no CPU (see the "
+                "cluster's `ray status`)"
             ) from None
 
     def close(self) -> None:
@@ -297,6 +305,7 @@ class BatchStream:
             if self._closed.is_set():
                 return
         expected = iter(deal.numbers(self._rank))
+        self._awaited[number] = deal.numbers(self._rank).start
         for block in iterator.iter_batches(batch_size=cast(int, None), batch_format="numpy"):
             wanted = next(expected, None)
             if wanted is None or not (block["number"] == wanted).all():
@@ -304,7 +313,9 @@ class BatchStream:
                     f"rank {self._rank}: expected block {wanted}, Ray Data delivered "
                     f"{np.unique(block['number'])}"
                 )
+            self._awaited[number] = wanted + self._layout.world_size
             yield {name: array for name, array in block.items() if name != "number"}
+        del self._awaited[number]
         wanted = next(expected, None)
         if wanted is not None:
             raise TrainingError(f"rank {self._rank}: Ray Data ended before block {wanted}")

@@ -278,7 +278,7 @@ class _Group:
             self._watch.compared(times)
         slow = self._health.slow(pulses)
         if slow is not None:
-            self._watch.slow(slow)
+            self._watch.slow(slow, self._job.layout)
         end = self._room.driver_goes()
         if end:
             self._watch.note(f"{end}: committing now; what comes after it is lost with the node")

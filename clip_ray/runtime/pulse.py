@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ FIRST_STEPS = 3  # steps whose time says nothing yet
 FIRST_S = 600.0  # the bound for these
 COMPARE_S = 30.0  # between two comparisons of the ranks
 STRAGGLES = 1.5  # times the median, above which a rank is named
+MANY = 64  # ranks whose own times are journaled
 STACK_S = 4.0  # still for so long, a rank sends its stack: before anybody calls it hung
 SILENT_S = 60.0  # a rank that starts is heard too
 # Phases that may take long while the other ranks wait, within bounds of their own.
@@ -59,6 +60,7 @@ class Pulse:
         compute_s: seconds of them in its own work: copies and forward passes.
         wait_s: seconds of them in waits for data.
         stack: its training thread's, once it has been still for long.
+        block: number of the block that it waits for, once it has for long; None else.
     """
 
     rank: int
@@ -73,6 +75,7 @@ class Pulse:
     compute_s: float = 0.0
     wait_s: float = 0.0
     stack: str = ""
+    block: int | None = None
 
     @property
     def who(self) -> str:
@@ -82,6 +85,10 @@ class Pulse:
 
 class Heart:
     """Sends a rank's pulses from a thread; made on the training thread.
+
+    Attributes:
+        host: address of this node.
+        awaited: returns the block of data that the rank waits for.
 
     Args:
         recorder: takes them.
@@ -97,6 +104,7 @@ class Heart:
         self._worked = (0, 0.0, 0.0)
         self._training = threading.get_ident()
         self._ended = threading.Event()
+        self.awaited: Callable[[], int | None] = lambda: None
         context = ray.get_runtime_context()
         self._node, self.host = context.get_node_id(), ray.util.get_node_ip_address()
         threading.Thread(target=self._beat, name="heart", daemon=True).start()
@@ -126,10 +134,11 @@ class Heart:
 
     def _send(self) -> None:
         step, phase, since = self._where
-        still_s, stack = time.monotonic() - since, ""
+        still_s, stack, block = time.monotonic() - since, "", None
         if still_s > STACK_S and phase != "ended":
             frame = sys._current_frames().get(self._training)
             stack = "".join(traceback.format_stack(frame)) if frame else ""
+            block = self.awaited() if phase == "data_wait" else None
         pulse = Pulse(
             self._rank,
             os.getpid(),
@@ -141,6 +150,7 @@ class Heart:
             0.0,
             *self._worked,
             stack,
+            block,
         )
         self._recorder.beat.remote(self._group, pulse)
 
@@ -237,7 +247,8 @@ class Stragglers:
         """Return the times a step since the last comparison, None where it is too early.
 
         `compute_` are copies and forward passes, which no other rank can hold up; `data_wait_`
-        are waits for batches. The slowest is the rank with the most of both.
+        are waits for batches. The slowest is the rank with the most of both; `ranks` has these
+        two of each rank, of the slowest `MANY` where there are more.
         """
         now = time.monotonic()
         if now - self._looked < COMPARE_S:
@@ -252,8 +263,10 @@ class Stragglers:
                 found.append((compute, (pulse.wait_s - old.wait_s) / steps, pulse))
         if len(found) < 2:
             return None
-        slowest = max(found, key=lambda one: one[0] + one[1])[2]
+        found.sort(key=lambda one: one[0] + one[1], reverse=True)
+        slowest = found[0][2]
         row: Row = {"slowest_rank": slowest.rank, "slowest_host": slowest.host}
+        row["ranks"] = {str(p.rank): [round(c, 4), round(w, 4)] for c, w, p in found[:MANY]}
         for name, values in (
             ("compute", [one[0] for one in found]),
             ("data_wait", [one[1] for one in found]),

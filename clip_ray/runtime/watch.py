@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import time
+from dataclasses import asdict
 from typing import Any
 
 import ray
 
+from clip_ray.data.blocks import Layout
 from clip_ray.errors import StorageError
 from clip_ray.runtime import stacks
 from clip_ray.runtime.progress import ProgressLine
 from clip_ray.runtime.pulse import STRAGGLES, Hang, Pulse
 from clip_ray.runtime.recorder import send_event
 from clip_ray.tracking import Tracker
+from clip_ray.train.divergence import Diverged, Divergence, chance_loss
 from clip_ray.train.journal import Row, read_journal
 from clip_ray.train.requests import Inbox
 from clip_ray.train.rundir import Run
+
+NAMED, MANY = 3, 100  # shards of a block that is waited for, in a line and in an event
 
 
 class Watch:
@@ -31,6 +36,9 @@ class Watch:
         self._slow, self._straggler = "", -1
         self._write_s: float | None = None
         self._wishes = False
+        self._step = 0
+        train = run.config.train
+        self._divergence = Divergence(chance_loss(train.loss, train.global_batch))
         self.note = line.note
 
     def poll(self) -> list[Row]:
@@ -53,8 +61,25 @@ class Watch:
             elif journal == "quarantine":
                 self._line.bad(row)
         self._line.steps(metrics, self._tracker.lag())
+        for row in metrics:
+            self._step = row["step"]
+            diverged = self._divergence.took(row["step"], row["loss"])
+            if diverged is not None:
+                self._tell_of_divergence(diverged)
         self._inbox.saw(rows)
         return metrics
+
+    def _tell_of_divergence(self, found: Diverged) -> None:
+        """Say it and go on: only a person can tell a lost run from a hard stretch of it."""
+        uri = self._run.store.uri
+        self.note(
+            f"THE LOSS HAS DIVERGED by step {found.step}: {found.loss:.3f} (median of the last "
+            f"steps) after {found.best:.3f} at step {found.best_step}; chance is "
+            f"{found.chance:.3f}. The run goes on; to end it: python jobs/stop.py {uri}. Lower "
+            "optim.lr under another run.name, where --init.weights begins from a run's export"
+        )
+        self.event("diverged", **asdict(found))
+        self._tracker.set_tags({"clip_ray.diverged": found.step})
 
     def asked_to_end(self) -> str:
         """Take what was asked through the storage; return who asked for the end, if anybody."""
@@ -104,7 +129,8 @@ class Watch:
         """Say which worker hung, and where; the event has the stacks of all its threads."""
         pulse = hang.pulse
         where = stacks.short(stack)
-        self.note(f"{pulse.who} hangs: {hang.why}; {how}" + (f"; it was in {where}" * bool(where)))
+        was = f"; it was in {where}" if where else ""
+        self.note(f"{pulse.who} hangs: {hang.why}; {how}{was}")
         self.event(
             "hang",
             rank=pulse.rank,
@@ -120,6 +146,10 @@ class Watch:
     def compared(self, times: Row) -> None:
         """Journal the ranks' times, and name one that is far slower than the others."""
         self.event("ranks", **times)
+        numbers = {f"ranks/{name}": v for name, v in times.items() if name.endswith("_s")}
+        self._tracker.log_metrics(numbers, self._step)
+        slowest = f"{times['slowest_host']} (rank {times['slowest_rank']})"
+        self._tracker.set_tags({"clip_ray.slowest_host": slowest})
         usual, most = times["compute_p50_s"], times["compute_max_s"]
         if most > STRAGGLES * usual and self._straggler != times["slowest_rank"]:
             self._straggler = times["slowest_rank"]
@@ -128,13 +158,26 @@ class Watch:
                 f"{1000 * most:.0f} ms of its own work a step, the median is {1000 * usual:.0f}"
             )
 
-    def slow(self, pulse: Pulse) -> None:
-        """Say, once for each rank and phase, what all wait for."""
+    def slow(self, pulse: Pulse, layout: Layout) -> None:
+        """Say, once for each rank, phase and block, what all wait for."""
         text = f"all wait for {pulse.who}, in {pulse.phase}"
-        if text != self._slow:
-            self._slow = text
-            self.note(f"{text} for {pulse.still_s:.0f} s")
-            self.event("slow", rank=pulse.rank, host=pulse.host, phase=pulse.phase)
+        shards: list[str] = []
+        if pulse.block is not None:
+            text += f", block {pulse.block} of the data"
+            shards = _shards(self._run, layout, pulse.block)
+        if text == self._slow:
+            return
+        self._slow = text
+        named = ", ".join(shards[:NAMED]) + (" ..." if len(shards) > NAMED else "")
+        self.note(f"{text}{f' (from {named})' if named else ''} for {pulse.still_s:.0f} s")
+        self.event(
+            "slow",
+            rank=pulse.rank,
+            host=pulse.host,
+            phase=pulse.phase,
+            block=pulse.block,
+            shards=shards[:MANY],
+        )
 
     def _event(self, row: Row) -> None:
         kind = row["event"]
@@ -168,3 +211,14 @@ class Watch:
             self._line.note(f"MLflow does not answer ({row.get('error')}); the journal keeps all")
         elif kind == "tracking_recovered":
             self._line.note("MLflow answers again")
+
+
+def _shards(run: Run, layout: Layout, block: int) -> list[str]:
+    """Return the shards that the rows of a block are read from."""
+    window, chunk, rank = layout.block_at(block)
+    height = layout.rows_per_block
+    first = rank * layout.rows + chunk * height
+    last = min(first + height, (rank + 1) * layout.rows, run.plan.global_batch)
+    steps = range(window * layout.window, (window + 1) * layout.window)
+    found = {int(s) for step in steps for s in run.plan.step_rows(step).shard[first:last]}
+    return sorted(run.manifest.shard(shard).path for shard in found)

@@ -273,6 +273,7 @@ class _Attempt:
             job.total_steps,
             job.share,
         )
+        self._heart.awaited = lambda: stream.awaited
         if self._rank == 0:
             self._profile(self._start.progress.step)
         try:

@@ -133,6 +133,7 @@ def test_the_slowest_rank_is_told_from_its_own_work(monkeypatch):
     assert at(62, 20, *ranks) == {
         "slowest_rank": 1,
         "slowest_host": "host-1",
+        "ranks": {"1": [0.2, 0.0], "2": [0.1, 0.05], "0": [0.1, 0.01]},
         "compute_p50_s": 0.1,
         "compute_max_s": 0.2,
         "data_wait_p50_s": 0.01,
