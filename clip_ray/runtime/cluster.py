@@ -326,20 +326,21 @@ def leaving_nodes() -> dict[str, int]:
     return found
 
 
-def dealing_nodes(since: float) -> set[str]:
-    """Return the nodes of the actors that deal this job's data to its workers.
+def job_actors(name: str, since: float) -> list[tuple[str, int]]:
+    """Return node and process of this job's living actors of a class.
 
     Args:
+        name: the class; Ray Train and Ray Data hand out no handles of theirs.
         since: unix time; those that started earlier belong to a group of workers that has ended.
     """
     job = ray.get_runtime_context().get_job_id()
-    return {
-        actor["Address"]["NodeID"]
+    return [
+        (actor["Address"]["NodeID"], actor["Pid"])
         for actor in ray._private.state.actors(job_id=ray.JobID.from_hex(job)).values()
-        if actor["ActorClassName"] == "SplitCoordinator"
+        if actor["ActorClassName"] == name
         and actor["State"] == "ALIVE"
         and actor["StartTime"] > 1000 * since
-    }
+    ]
 
 
 def free_resources() -> dict[str, float]:

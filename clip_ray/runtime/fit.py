@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -23,13 +24,14 @@ from clip_ray.runtime.cluster import (
     Share,
     deal_streams,
     is_local,
+    job_actors,
     usable_nodes,
     wait_for_share,
     worker_bundles,
 )
 from clip_ray.runtime.preemption import WorkersConfig
 from clip_ray.runtime.progress import ProgressLine
-from clip_ray.runtime.pulse import Health, Stragglers, end_process
+from clip_ray.runtime.pulse import Health, Overdue, Pulse, Stragglers, end_process, signal_process
 from clip_ray.runtime.recorder import send_event
 from clip_ray.runtime.room import Room
 from clip_ray.runtime.signals import Signals
@@ -46,6 +48,7 @@ from clip_ray.train.state import Progress
 
 POLL_S = 0.5
 PAUSE_S = 10.0  # before a storage that did not answer is asked again; doubled each time
+END_S = 30.0  # for Ray Train to say that a controller that was killed is dead
 STOP_TIMEOUT_S = 900.0  # a commit in the making and the last step
 
 
@@ -79,6 +82,8 @@ def fit_run(
             if isinstance(ended, Result):
                 if ended.outcome is None or ended.outcome.reason != "yielded":
                     return ended
+            elif fruitful and _is_whole(run):
+                return Result(Outcome("finished", Progress(run.total_steps, run.plan.digest)))
             else:
                 fruitless = 0 if fruitful else fruitless + 1
                 if fruitless >= most:
@@ -133,6 +138,13 @@ def _cause(run: Run, ended: BaseException) -> str:
 def _newest_commit(run: Run) -> str:
     commits = Checkpoints(run.store).commits()
     return commits[-1].name if commits else ""
+
+
+def _is_whole(run: Run) -> bool:
+    """Tell whether the last step is committed, whatever ended the group after it."""
+    with contextlib.suppress(StorageError):
+        return any(c.step >= run.total_steps for c in Checkpoints(run.store).commits())
+    return False
 
 
 def _check(run: Run, watch: Watch, stop: Signals) -> None:
@@ -196,6 +208,7 @@ class _Group:
         )
         self._room = Room(config.cluster, share)
         self._stragglers = Stragglers()
+        self._begun, self._overdue = time.time(), Overdue()
         self._asked = self._hung = False
 
     def follow(self) -> Result | BaseException:
@@ -231,7 +244,14 @@ class _Group:
                     raise TrainingError(
                         f"{ender}: no commit within {STOP_TIMEOUT_S:g} s; stopped without"
                     )
-                self._watch_workers()
+                pulses = self._watch.pulses(self._name)
+                self._watch_workers(pulses)
+                late = self._overdue.why(pulses)
+                if late:
+                    self._end_controller(late)
+                    thread.join(timeout=END_S)
+                    ended.append(TrainingError(f"Ray Train's controller did not answer: {late}"))
+                    break
             self._watch.poll()
         finally:
             self._room.close()
@@ -266,9 +286,15 @@ class _Group:
             ),
         )
 
-    def _watch_workers(self) -> None:
+    def _end_controller(self, why: str) -> None:
+        """Kill the process of Ray Train's that does not answer; its workers end with it."""
+        for node, pid in job_actors("TrainController", self._begun):
+            how = signal_process(node, pid, signal.SIGKILL)
+            self._watch.note(f"Ray Train's controller (process {pid}) hangs: {why}; {how}")
+            self._watch.event("controller_hang", pid=pid, node=node, why=why, ended=how)
+
+    def _watch_workers(self, pulses: list[Pulse]) -> None:
         """End a worker that hangs; ask the group to yield where the cluster changes."""
-        pulses = self._watch.pulses(self._name)
         hang = None if self._hung else self._health.judge(pulses)
         if hang is not None:
             self._hung = True  # the group ends: what was last heard of it says nothing more

@@ -38,6 +38,8 @@ STRAGGLES = 1.5  # times the median, above which a rank is named
 MANY = 64  # ranks whose own times are journaled
 STACK_S = 4.0  # still for so long, a rank sends its stack: before anybody calls it hung
 SILENT_S = 60.0  # a rank that starts is heard too
+OVERDUE_S = 90.0  # for Ray Train to say that a group has ended; it takes 1 to 12 s
+BEGIN_S = 900.0  # for the workers of a group to begin; without room Ray gives up after 60 s
 # Phases that may take long while the other ranks wait, within bounds of their own.
 _SLOW = ("starting", "data_wait", "checkpoint", "profile", "ending")
 _ORDER = ("starting", *PHASES, "profile", "ending", "ended")
@@ -234,6 +236,32 @@ class Health:
             f"in {last.phase} of step {last.step + 1} for {last.still_s:.0f} s"
             + (f", while the others wait in {', '.join(others)}" if others else ""),
         )
+
+
+class Overdue:
+    """Tells that a group of workers has ended, or never began, and Ray Train does not say so.
+
+    Its controller is a process of its own, that can hang too.
+    """
+
+    def __init__(self) -> None:
+        self._begun: float | None = time.monotonic()
+        self._over_since: float | None = None
+
+    def why(self, pulses: list[Pulse]) -> str:
+        """Return what is overdue, "" where nothing is."""
+        now = time.monotonic()
+        if not pulses:
+            # Later there may be none for a while: a recorder that restarts knows of none.
+            waited = 0.0 if self._begun is None else now - self._begun
+            return f"no worker has begun for {waited:.0f} s" if waited > BEGIN_S else ""
+        self._begun = None
+        if not all(p.phase == "ended" or p.age_s > SILENT_S for p in pulses):
+            self._over_since = None
+            return ""
+        self._over_since = self._over_since or now
+        waited = now - self._over_since
+        return f"the workers have ended for {waited:.0f} s" if waited > OVERDUE_S else ""
 
 
 class Stragglers:

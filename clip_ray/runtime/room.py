@@ -12,8 +12,8 @@ from ray.util import placement_group, remove_placement_group
 from clip_ray.config import ClusterConfig
 from clip_ray.runtime.cluster import (
     Share,
-    dealing_nodes,
     is_local,
+    job_actors,
     leaving_nodes,
     share_of,
     usable_nodes,
@@ -59,7 +59,8 @@ class Room:
         going = nodes & leaving.keys()
         what = ""
         if leaving and not going:
-            going, what = dealing_nodes(self._begun) & leaving.keys(), ", which deals the data,"
+            dealing = {node for node, _ in job_actors("SplitCoordinator", self._begun)}
+            going, what = dealing & leaving.keys(), ", which deals the data,"
         if going:
             self._deadline_ms = min(leaving[node] for node in going)
             return f"node {_hosts(going)}{what} is to be taken away"

@@ -11,6 +11,7 @@ _CAUSES = {
     "hang": "hang",
     "yield": "resize",
     "preempted": "preempted",
+    "controller_hang": "controller hang",
     "rollback": "rollback",
     "attempt_failed": "workers failed",
 }

@@ -29,3 +29,18 @@ def test_a_worker_that_is_told_to_go_costs_no_step(jobs, undisturbed):
     summary = jobs.summary("told")
     assert summary["recomputed_steps"] == 0 and list(summary["recoveries"]) == ["preempted"]
     assert_same_end(run, undisturbed)
+
+
+def test_a_controller_that_hangs_is_not_waited_for_for_ever(jobs, undisturbed):
+    """SIGSTOP to Ray Train's controller: the workers reach the end, and nobody says so."""
+    job = jobs.start("held", *STEPS)
+    jobs.wait_for_step("held", 30)
+    (controller,) = processes(jobs.head, "ray::TrainController")
+    controller.suspend()
+    output = jobs.finish(job)
+    assert f"Ray Train's controller (process {controller.pid}) hangs: the workers have" in output
+    run = LocalStore(jobs.run_dir("held"))
+    (hang,) = events(run, "controller_hang")
+    assert hang["pid"] == controller.pid and hang["ended"] == "killed (state T (stopped))"
+    assert len(events(run, "attempt")) == 1 and jobs.summary("held")["recomputed_steps"] == 0
+    assert_same_end(run, undisturbed)

@@ -42,6 +42,7 @@ class World:
         self.run = SimpleNamespace(
             config=SimpleNamespace(cluster=ClusterConfig()),
             store=SimpleNamespace(uri="s3://bucket/run"),
+            total_steps=8,
             plan=SimpleNamespace(digest="plan"),
         )
         self.watch = MagicMock()
@@ -52,6 +53,8 @@ class World:
         monkeypatch.setattr(fit, "Watch", lambda *arguments: self.watch)
         monkeypatch.setattr(fit, "_Group", lambda *arguments: self)
         monkeypatch.setattr(fit, "_newest_commit", self._newest)
+        self.whole = False
+        monkeypatch.setattr(fit, "_is_whole", lambda run: self.whole)
         monkeypatch.setattr(fit, "read_journal", lambda *arguments: iter([]))
         monkeypatch.setattr(fit.time, "monotonic", lambda: self.waited_s)
         monkeypatch.setattr(fit.time, "sleep", self._sleep)
@@ -120,6 +123,12 @@ def test_groups_that_get_nowhere_end_the_run_and_a_commit_begins_anew(world):
         world.ends += [lost]
         world.fit()
     assert world.groups == 6 and world.waited_s == 0
+
+
+def test_what_ends_a_group_after_its_last_commit_changes_nothing(world):
+    world.ends, world.commits, world.whole = [RuntimeError("lost")], ["a", "b"], True
+    found = world.fit()
+    assert found.outcome is not None and found.outcome.reason == "finished" and world.groups == 1
 
 
 def test_a_group_that_yields_is_no_failure(world):

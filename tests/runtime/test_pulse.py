@@ -15,11 +15,15 @@ import pytest
 from clip_ray.runtime import stacks
 from clip_ray.runtime.pulse import (
     BEAT_S,
+    BEGIN_S,
     FIRST_S,
     HANG_S,
+    OVERDUE_S,
+    SILENT_S,
     STACK_S,
     Health,
     Heart,
+    Overdue,
     Pulse,
     Stragglers,
     _signal,
@@ -105,6 +109,37 @@ def test_ranks_that_have_ended_do_not_hang():
     assert judged(health(), ended, pulse(0, phase="ending", still=100)) is None
     assert judged(health(), ended, replace(ended, rank=0)) is None
     assert last_mover([ended, pulse(0, phase="ending")]).rank == 0
+
+
+def test_a_group_that_has_ended_is_not_waited_for_for_ever(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("clip_ray.runtime.pulse.time.monotonic", lambda: 1000 + now)
+    found = Overdue()
+    ended, trains = pulse(0, phase="ended", age=500), pulse(1)
+    assert found.why([ended, trains]) == ""
+    now = 3000.0
+    assert found.why([ended, trains]) == "" and found.why([ended, replace(ended, rank=1)]) == ""
+    now += OVERDUE_S / 2
+    # One that had only been silent goes on after all: the time begins anew.
+    silent = replace(trains, age_s=SILENT_S + 1)
+    assert found.why([ended, silent]) == "" and found.why([ended, trains]) == ""
+    assert found.why([ended, silent]) == ""
+    now += OVERDUE_S - 1
+    assert found.why([ended, silent]) == ""
+    now += 2
+    assert found.why([ended, silent]) == f"the workers have ended for {OVERDUE_S + 1:.0f} s"
+
+
+def test_a_group_that_never_begins_is_not_either(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("clip_ray.runtime.pulse.time.monotonic", lambda: 1000 + now)
+    found = Overdue()
+    now = BEGIN_S
+    assert found.why([]) == ""
+    now += 1
+    assert found.why([]) == f"no worker has begun for {BEGIN_S + 1:.0f} s"
+    # Once some were heard of, silence is a recorder's that restarts.
+    assert found.why([pulse(0)]) == "" and found.why([]) == ""
 
 
 def test_a_suspicion_that_passes_is_forgotten():

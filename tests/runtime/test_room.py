@@ -23,7 +23,7 @@ class Cluster:
         self.held = 0
         monkeypatch.setattr(room.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(room, "leaving_nodes", lambda: dict.fromkeys(self.leaving, self.at_ms))
-        monkeypatch.setattr(room, "dealing_nodes", lambda since: self.dealing)
+        monkeypatch.setattr(room, "job_actors", lambda *of: [(n, 7) for n in self.dealing])
         monkeypatch.setattr(room.time, "time", lambda: 1000.0)
         context = SimpleNamespace(get_node_id=lambda: "driver")
         monkeypatch.setattr(room.ray, "get_runtime_context", lambda: context)
