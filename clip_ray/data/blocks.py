@@ -14,7 +14,8 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -29,6 +30,9 @@ from clip_ray.images import ImageError, decode, train_crop
 from clip_ray.tokenizer import Tokenizer
 
 BLOCK_BYTES = 24 << 20  # facts: 16-32 MB blocks keep Ray's cost per block below 1 %
+MOST_BYTES = 64 << 20  # of a block that is larger because it holds a whole slot
+ROW_EXTRA = 24  # bytes of a row's shard, place and block number
+FETCHES = 8  # shards that a block is read from at a time, on S3
 Block = dict[str, NDArray[Any]]
 
 
@@ -36,12 +40,17 @@ Block = dict[str, NDArray[Any]]
 class Layout:
     """How the rows of a step are dealt to workers and cut into blocks.
 
+    A slot gives `share` neighbouring rows to each step. Blocks are cut between slots, counted from
+    the first row of the step, so that only the edge between two workers cuts a slot: what is cut
+    is read by both.
+
     Attributes:
         world_size: W, number of workers.
         rows: b = ceil(G/W), rows of a step on each worker, void ones included.
         window: K, steps of a window.
         chunks: blocks that a worker's share of a window travels in.
-        share: R/K, rows that a slot gives to a step; blocks are cut between slots.
+        share: R/K, rows that a slot gives to a step.
+        row_bytes: size of a row's pixels and ids; only streams ask for it.
     """
 
     world_size: int
@@ -49,22 +58,41 @@ class Layout:
     window: int
     chunks: int
     share: int = 1
+    row_bytes: int = 0
 
     @classmethod
     def fit(cls, plan: Plan, world_size: int, row_bytes: int) -> Layout:
-        """Return the layout whose blocks stay near 24 MB; `row_bytes` is a decoded row's size."""
+        """Return the layout whose blocks stay near 24 MB."""
         rows = -(-plan.global_batch // world_size)
         share = plan.slot // plan.window
         height = max(BLOCK_BYTES // (plan.window * row_bytes), 1)
-        # A slot that is cut in two is read and looked up twice; a huge one has to be.
-        share = share if share <= height else 1
-        chunks = -(-rows // (height // share * share))
-        return cls(world_size, rows, plan.window, chunks, share)
+        if share > height:
+            # A slot that is cut in two is read twice; a huge one has to be.
+            if share * plan.window * row_bytes <= MOST_BYTES:
+                height = share
+            else:
+                share = 1
+        one = cls(world_size, rows, plan.window, 1, share, row_bytes)
+        return replace(one, chunks=-(-one.rows_per_block // (height // share * share)))
 
     @property
     def rows_per_block(self) -> int:
-        """Rows of a step in one block; the last block of a window is filled up with void rows."""
-        return -(-self.rows // (self.chunks * self.share)) * self.share
+        """Rows of a step in one block; what a block does not need of them is void."""
+        # Where workers begin within slots, the longest way to a worker's end begins a slot before.
+        begun = self.share - 1 if self.world_size > 1 and self.rows % self.share else 0
+        return -(-(self.rows + begun) // (self.chunks * self.share)) * self.share
+
+    @property
+    def block_bytes(self) -> int:
+        """Size of a block, but for what it tells of bad samples and duplicates."""
+        assert self.row_bytes, "a layout for streams"
+        return self.window * self.rows_per_block * (self.row_bytes + ROW_EXTRA)
+
+    def span(self, rank: int, chunk: int) -> range:
+        """Return the rows of a step, counted from the step's first, that a block holds."""
+        first, stop = rank * self.rows, (rank + 1) * self.rows
+        cut = first - first % self.share + chunk * self.rows_per_block
+        return range(min(max(first, cut), stop), min(cut + self.rows_per_block, stop))
 
     @property
     def blocks_per_window(self) -> int:
@@ -107,6 +135,34 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class _Piece:
+    """Rows of a block that come from one shard.
+
+    Attributes:
+        path: the shard.
+        target: (n,) rows of the block.
+        position: (n,) their positions in the plan.
+        which: (n,) their indices in `samples`.
+        samples: one sample can stand twice in a window that straddles two passes.
+    """
+
+    path: str
+    target: Ints
+    position: Ints
+    which: Ints
+    samples: list[Sample | BadSample]
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A block as it lies in the shards: the files of its rows, not yet decoded."""
+
+    shard: Ints
+    place: Ints
+    pieces: list[_Piece]
+
+
+@dataclass(frozen=True)
 class BlockReader:
     """Reads blocks: everything that turns (window, chunk, rank) into arrays.
 
@@ -129,79 +185,84 @@ class BlockReader:
     image_ids: bool = False
 
     def read(self, window: int, chunk: int, rank: int) -> Block:
-        """Return the arrays of one block, K·rows_per_block rows, ordered by step.
+        """Return the arrays of one block, K·rows_per_block rows, ordered by step."""
+        return self.decode(self.fetch(window, chunk, rank))
 
-        Content errors make void rows; an OSError means that the storage failed, and is raised.
+    def fetch(self, window: int, chunk: int, rank: int) -> Fetched:
+        """Read what a block is made of; waits for the store, and takes little of the CPU.
+
+        What a shard contains is no error here; an OSError means that the storage failed.
         """
         layout, plan = self.layout, self.plan
-        height = layout.rows_per_block
-        first = rank * layout.rows + chunk * height
-        last = min(first + height, (rank + 1) * layout.rows, plan.global_batch)
-        block = self._empty(layout.window * height)
-        count = max(last - first, 0)
-        if count == 0:
-            return block
+        size = layout.window * layout.rows_per_block
+        fetched = Fetched(np.full(size, -1, np.int64), np.full(size, -1, np.int64), [])
+        span = layout.span(rank, chunk)
+        span = range(span.start, min(span.stop, plan.global_batch))
+        if not span:
+            return fetched
         share = plan.slot // plan.window
-        slots = (first // share, -(-last // share))
+        slots = (span.start // share, -(-span.stop // share))
         rows = plan.window_rows(window, *slots)
+        mine = slice(span.start - slots[0] * share, span.stop - slots[0] * share)
         shard, place = (
             a.reshape(-1, plan.window, share)
             .swapaxes(0, 1)
-            .reshape(plan.window, -1)[:, first - slots[0] * share : last - slots[0] * share]
+            .reshape(plan.window, -1)[:, mine]
+            .ravel()
             for a in (rows.shard, rows.place)
         )
         steps = window * plan.window + np.arange(plan.window)
-        position = steps[:, None] * plan.global_batch + np.arange(first, last)
-        target = np.arange(plan.window)[:, None] * height + np.arange(count)
-        block["shard"][target], block["place"][target] = shard, place
-        self._fill(block, target.ravel(), shard.ravel(), place.ravel(), position.ravel())
-        return block
+        position = (steps[:, None] * plan.global_batch + np.array(span)).ravel()
+        height = np.arange(plan.window)[:, None] * layout.rows_per_block
+        target = (height + np.arange(len(span))).ravel()
+        fetched.shard[target], fetched.place[target] = shard, place
 
-    def _empty(self, rows: int) -> Block:
-        side, length = self.image_size, self.tokenizer.context_length
-        block: Block = {
-            "pixels": np.zeros((rows, side, side, 3), np.uint8),  # as the decoder leaves them
-            "ids": np.zeros((rows, length), np.int32),
-            "valid": np.zeros(rows, bool),
-            "truncated": np.zeros(rows, bool),
-            "shard": np.full(rows, -1, np.int64),
-            "place": np.full(rows, -1, np.int64),
-            "bad": np.full(rows, "", dtype=object),
-        }
-        if self.image_ids:
-            block["image_id"] = np.zeros(rows, np.int64)
-        return block
+        def piece(index: int) -> _Piece:
+            entry = self.manifest.shard(index)
+            chosen = np.flatnonzero(shard == index)
+            chosen = chosen[np.argsort(place[chosen], kind="stable")]
+            wanted, which = np.unique(place[chosen], return_inverse=True)
+            ordinals = self.manifest.train_ordinals(index, wanted)
+            source = self.config.sources[entry.source]
+            samples = read_ordinals(entry, source, self.config.s3, ordinals)
+            return _Piece(entry.path, target[chosen], position[chosen], which, samples)
 
-    def _fill(self, block: Block, target: Ints, shard: Ints, place: Ints, position: Ints) -> None:
+        shards = np.unique(shard).tolist()
+        if len(shards) > 1 and self._remote:
+            with ThreadPoolExecutor(min(FETCHES, len(shards))) as pool:
+                fetched.pieces.extend(pool.map(piece, shards))
+        else:
+            fetched.pieces.extend(map(piece, shards))
+        return fetched
+
+    @property
+    def _remote(self) -> bool:
+        return any(source.path.startswith("s3://") for source in self.config.sources)
+
+    def decode(self, fetched: Fetched) -> Block:
+        """Return the arrays of a block; what cannot be decoded makes void rows."""
+        block = self._empty(fetched)
         captions: list[str] = []
         captioned: list[int] = []
         # One for all rows, set to what a new one begins with: to make one asks for entropy.
         bits = np.random.Philox(key=[self.plan.seed, 0])
         rng, fresh = np.random.Generator(bits), cast(Any, bits.state)
-        for index in np.unique(shard):
-            mine = np.flatnonzero(shard == index)
-            mine = mine[np.argsort(place[mine], kind="stable")]
-            entry = self.manifest.shard(int(index))
-            source = self.config.sources[entry.source]
-            # One sample can stand twice in a window that straddles two passes: read it once.
-            wanted, inverse, times = np.unique(place[mine], return_inverse=True, return_counts=True)
-            ordinals = self.manifest.train_ordinals(int(index), wanted)
-            samples = read_ordinals(entry, source, self.config.s3, ordinals)
+        for piece in fetched.pieces:
             decoded: dict[int, NDArray[np.uint8] | BadSample] = {}
-            for row, which in zip(mine, inverse, strict=True):
-                sample = samples[which]
+            times = np.bincount(piece.which)
+            for at, position, which in zip(piece.target, piece.position, piece.which, strict=True):
+                sample = piece.samples[which]
                 pixels = decoded[which] if which in decoded else self._decode(sample)
                 if times[which] > 1:
                     decoded[which] = pixels
-                at = target[row]
                 if isinstance(pixels, BadSample):
                     block["bad"][at] = json.dumps(
-                        {"shard": entry.path, "key": pixels.key, "reason": pixels.reason}
+                        {"shard": piece.path, "key": pixels.key, "reason": pixels.reason}
                     )
                     continue
                 assert isinstance(sample, Sample)
                 # By position: the same crop and caption whoever reads the block, and how often.
-                fresh["state"]["key"][1] = position[row]
+                fresh["state"]["key"][1] = position
                 bits.state = fresh
                 margin = self.config.crop_margin
                 crop = train_crop(pixels, self.image_size, rng, margin)
@@ -213,6 +274,22 @@ class BlockReader:
                 captioned.append(at)
         if captions:
             block["ids"][captioned], block["truncated"][captioned] = self.tokenizer(captions)
+        return block
+
+    def _empty(self, fetched: Fetched) -> Block:
+        rows, side, length = len(fetched.shard), self.image_size, self.tokenizer.context_length
+        block: Block = {
+            "pixels": np.zeros((rows, side, side, 3), np.uint8),  # as the decoder leaves them
+            "ids": np.zeros((rows, length), np.int32),
+            "valid": np.zeros(rows, bool),
+            "truncated": np.zeros(rows, bool),
+            "shard": fetched.shard,
+            "place": fetched.place,
+            "bad": np.full(rows, "", dtype=object),
+        }
+        if self.image_ids:
+            block["image_id"] = np.zeros(rows, np.int64)
+        return block
 
     def _caption(self, sample: Sample, rng: np.random.Generator) -> str:
         caption, templates = sample.caption, self.config.templates
@@ -252,7 +329,7 @@ class Arrays:
         return kept[-1]
 
 
-def assemble(blocks: Iterable[Block], layout: Layout, arrays: Arrays) -> Iterator[Batch]:
+def assemble(blocks: Iterable[Block], layout: Layout, rank: int, arrays: Arrays) -> Iterator[Batch]:
     """Yield the K batches of a window from a worker's blocks of it, in chunk order.
 
     Each block is copied as it comes and then let go: it may lie in the object store.
@@ -260,15 +337,17 @@ def assemble(blocks: Iterable[Block], layout: Layout, arrays: Arrays) -> Iterato
     Args:
         blocks: the blocks, `layout.chunks` of them; nothing is yielded where they end early.
         layout: how they were cut.
+        rank: the worker.
         arrays: what the batches are made of; the same for all of a worker's windows.
     """
     height, rows = layout.rows_per_block, layout.rows
     steps: list[Block] = [{} for _ in range(layout.window)]
     chunk = -1
     for chunk, block in enumerate(blocks):
-        target = slice(chunk * height, min((chunk + 1) * height, rows))
+        span = layout.span(rank, chunk)
+        target = slice(span.start - rank * rows, span.stop - rank * rows)
         for k, step in enumerate(steps):
-            source = slice(k * height, k * height + target.stop - target.start)
+            source = slice(k * height, k * height + len(span))
             for name, array in block.items():
                 if chunk == 0:
                     kind = object if array.dtype.kind == "U" else array.dtype
@@ -301,6 +380,6 @@ def read_batches(
     arrays = Arrays()
     for window in range(first_step // window_length, -(-last_step // window_length)):
         blocks = (reader.read(window, c, rank) for c in range(reader.layout.chunks))
-        for k, batch in enumerate(assemble(blocks, reader.layout, arrays)):
+        for k, batch in enumerate(assemble(blocks, reader.layout, rank, arrays)):
             if first_step <= window * window_length + k < last_step:
                 yield batch

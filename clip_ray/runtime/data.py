@@ -1,11 +1,11 @@
 """Ray Data: the plan's blocks, read by tasks anywhere in the cluster, dealt in order to the ranks.
 
 A stream is one streaming execution of Ray Data: block numbers, mapped by tasks that read and decode
-one block each, dealt round robin with the order preserved. It serves consecutive ranks; one stream
-serves them all unless the cluster is too large for it (`cluster.deal_streams`). The first of a
-stream's ranks builds it, all from the commit that rank 0 chose, so that model and data cannot come
-from different commits. Every block carries its number and each rank checks that it got its own: a
-wrong deal is an error, never a wrong sample.
+a few blocks one after the other, dealt round robin with the order preserved. It serves consecutive
+ranks; one stream serves them all unless the cluster is too large for it (`cluster.deal_streams`).
+The first of a stream's ranks builds it, all from the commit that rank 0 chose, so that model and
+data cannot come from different commits. Every block carries its number and each rank checks that it
+got its own: a wrong deal is an error, never a wrong sample.
 
 Ray lists the tasks of an execution in advance, so an endless plan is cut into segments. The next
 one is built while the last runs, and started before it ends.
@@ -18,7 +18,8 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
@@ -28,7 +29,6 @@ import torch
 from ray.data import DataContext, ExecutionResources
 
 from clip_ray.data.blocks import (
-    BLOCK_BYTES,
     Arrays,
     Batch,
     Block,
@@ -40,6 +40,9 @@ from clip_ray.errors import TrainingError
 from clip_ray.runtime.cluster import Share
 
 SEGMENT_BLOCKS = 16_384  # blocks of one streaming execution
+# Ray looks for finished tasks up to ten times a second, and gives a CPU no new one before: a task
+# of one block, a tenth of a second, would leave half of the CPUs waiting.
+TASK_BLOCKS = 8
 LEAD_WINDOWS = 2  # before a segment's end, when the next is started
 FIRST_BATCH_TIMEOUT_S = 300.0
 CLOSE_S = 5.0
@@ -97,12 +100,38 @@ def _reader(reference: ray.ObjectRef) -> BlockReader:
     return reader
 
 
-def read_block(reference: ray.ObjectRef, number: int) -> Block:
-    """Return a block with its number in each row; called in reading tasks."""
+def read_blocks(reference: ray.ObjectRef, numbers: Sequence[int]) -> Iterator[Block]:
+    """Yield blocks with their number in each row; called in reading tasks.
+
+    While a block is decoded, the files of the next one are fetched.
+    """
     reader = _reader(reference)
-    block = reader.read(*reader.layout.block_at(number))
-    block["number"] = np.full(len(block["valid"]), number, np.int64)
-    return block
+    with ThreadPoolExecutor(1) as ahead:
+        places = (reader.layout.block_at(number) for number in numbers)
+        fetching = ahead.submit(reader.fetch, *next(places))
+        for number in numbers:
+            fetched = fetching.result()
+            following = next(places, None)
+            if following is not None:
+                fetching = ahead.submit(reader.fetch, *following)
+            block = reader.decode(fetched)
+            block["number"] = np.full(len(block["valid"]), number, np.int64)
+            yield block
+
+
+def task_blocks(share: Share, block_bytes: int, store_bytes: float) -> int:
+    """Return the number of blocks that a task of a stream reads.
+
+    The blocks of all tasks wait for those of the first: together they fill half of what the
+    stream may use at most.
+
+    Args:
+        share: what the streams may use.
+        block_bytes: size of a block.
+        store_bytes: size of the cluster's object store.
+    """
+    mine = store_bytes * share.object_store / share.streams
+    return int(min(max(mine / (2 * share.stream_cpus * block_bytes), 1), TASK_BLOCKS))
 
 
 def build_stream(reference: ray.ObjectRef, deal: Deal, share: Share) -> list[ray.data.DataIterator]:
@@ -117,20 +146,25 @@ def build_stream(reference: ray.ObjectRef, deal: Deal, share: Share) -> list[ray
     # function, and would else import torch, which takes seconds and 100 MB.
     first, world_size, ranks = deal.numbers(0).start, deal.layout.world_size, deal.ranks
 
-    def read(batch: dict[str, Any]) -> Any:
-        from clip_ray.runtime.data import read_block
+    def read(batch: dict[str, Any]) -> Iterator[Any]:
+        from clip_ray.runtime.data import read_blocks
 
-        row, turn = divmod(int(batch["id"][0]), len(ranks))
-        return read_block(reference, first + row * world_size + ranks[turn])
+        places = (divmod(int(place), len(ranks)) for place in batch["id"])
+        yield from read_blocks(
+            reference, [first + row * world_size + ranks[turn] for row, turn in places]
+        )
 
-    with DataContext.current(stream_context(share)):
-        dataset = ray.data.range(len(deal), override_num_blocks=len(deal))
+    store_bytes = ray.cluster_resources().get("object_store_memory", 0.0)
+    block_bytes = deal.layout.block_bytes
+    tasks = -(-len(deal) // task_blocks(share, block_bytes, store_bytes))
+    with DataContext.current(stream_context(share, block_bytes)):
+        dataset = ray.data.range(len(deal), override_num_blocks=tasks)
         dataset = dataset.map_batches(read, batch_size=None, batch_format="numpy")
         # Blocks are equal as they are: made equal by Ray, the first would wait for the last rank's.
         return dataset.streaming_split(len(ranks), equal=False)
 
 
-def stream_context(share: Share) -> DataContext:
+def stream_context(share: Share, block_bytes: int) -> DataContext:
     """Return the settings of a stream's execution."""
     context = DataContext.get_current().copy()
     options = context.execution_options
@@ -142,8 +176,9 @@ def stream_context(share: Share) -> DataContext:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.memory_usage_poll_interval_s = None  # or each task starts a thread to measure itself
-    # A block must travel as it is: split or joined, it would be dealt to the wrong rank.
-    context.target_max_block_size = 8 * BLOCK_BYTES
+    # A block must travel as it is: split or joined, it would be dealt to the wrong rank. Ray ends a
+    # block that has this size, and splits one of half as much again; ours are a little larger.
+    context.target_max_block_size = block_bytes
     return context
 
 
@@ -285,7 +320,9 @@ class BatchStream:
                     following, opened = self._open(number + 1), True
                 if left <= LEAD_WINDOWS:
                     following.begin.set()
-                batches = assemble(itertools.islice(blocks, layout.chunks), layout, arrays)
+                batches = assemble(
+                    itertools.islice(blocks, layout.chunks), layout, self._rank, arrays
+                )
                 for step, batch in enumerate(batches, window * layout.window):
                     if step in self._steps:
                         yield batch

@@ -79,7 +79,9 @@ class World:
 
     def reader(self, world_size: int, chunks: int = 1) -> BlockReader:
         rows = -(-self.plan.global_batch // world_size)
-        layout = Layout(world_size, rows, self.plan.window, min(chunks, rows))
+        # Where there are several blocks, they are cut between slots if their number is even.
+        share = self.plan.slot // self.plan.window if chunks % 2 == 0 else 1
+        layout = Layout(world_size, rows, self.plan.window, min(chunks, rows), share)
         return BlockReader(
             self.plan,
             layout,

@@ -25,6 +25,7 @@ from tests.runtime.support import ROOT, wait_for
 pytestmark = pytest.mark.ray
 WORKERS, NODE_CPUS, DECODE_CPUS = 16, 6, 2
 STORE_BYTES = 150_000_000
+ROW_BYTES = 3 * 8**2 + 4  # of FakeReader's rows
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,14 @@ class FakeReader:
     """Returns blocks whose rows say which they are, and where they were made."""
 
     layout: Layout
-    side: int = 1
+    side: int = 8
     seconds: float = 0.0
 
-    def read(self, window: int, chunk: int, rank: int) -> Block:
+    def fetch(self, *which: int) -> tuple[int, ...]:
+        return which
+
+    def decode(self, which: tuple[int, ...]) -> Block:
+        window, chunk, rank = which
         time.sleep(self.seconds)
         layout, height = self.layout, self.layout.rows_per_block
         rows = layout.window * height
@@ -134,7 +139,7 @@ def share_of(nodes: list[dict[str, Any]], workers: int, **settings: Any) -> Shar
 def test_sixteen_ranks_with_fewer_spare_cpus_than_ranks_on_each_node(cluster, recorder, streams):
     share = share_of(cluster, WORKERS, data_streams=streams)
     assert (share.streams, share.stream_cpus) == (streams, DECODE_CPUS / streams)
-    layout = Layout(WORKERS, rows=6, window=2, chunks=2)
+    layout = Layout(WORKERS, rows=6, window=2, chunks=2, row_bytes=ROW_BYTES)
     reader = [ray.put(FakeReader(layout))]
     steps = 2 * 8
     hosts, held = [], (range(0, 6), range(6, 12), range(12, 16))
@@ -157,7 +162,7 @@ def test_sixteen_ranks_with_fewer_spare_cpus_than_ranks_on_each_node(cluster, re
 @pytest.mark.parametrize("label", ["role=decode", None])
 def test_reading_stays_on_labelled_nodes(cluster, recorder, label):
     share = share_of(cluster, 2, data_label=label)
-    layout = Layout(1, rows=4, window=2, chunks=1)
+    layout = Layout(1, rows=4, window=2, chunks=1, row_bytes=ROW_BYTES)
     reader = [ray.put(FakeReader(layout, seconds=0.1))]
     _, nodes = Host().take(range(1), 60, recorder, reader, share, 1000)
     labelled = {
@@ -168,8 +173,8 @@ def test_reading_stays_on_labelled_nodes(cluster, recorder, label):
 
 @pytest.mark.slow
 def test_what_is_read_ahead_stays_below_its_share_of_the_object_store(cluster, recorder):
-    layout = Layout(1, rows=32, window=2, chunks=1)
     side = 146
+    layout = Layout(1, rows=32, window=2, chunks=1, row_bytes=3 * side**2 + 4)
     block_bytes = 64 * 3 * side**2  # 4 MB
     reader = [ray.put(FakeReader(layout, side=side))]
     peaks = {}
@@ -197,7 +202,7 @@ def store_used() -> float:
 
 @pytest.mark.slow
 def test_the_next_segment_begins_without_a_stall(cluster, recorder, tmp_path):
-    layout = Layout(1, rows=4, window=2, chunks=1)
+    layout = Layout(1, rows=4, window=2, chunks=1, row_bytes=ROW_BYTES)
     reader = [ray.put(FakeReader(layout))]
     share = share_of(cluster, 12)
     begun = time.monotonic()

@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from clip_ray.runtime.recorder import Recorder
 from tests.benchmarks.data.cases import CONSUMERS, GLOBAL_BATCH, IMAGE_SIZE, WINDOW, build_reader
 from tests.benchmarks.data.field import loader
 
-POLL_S = 2.0  # scanning all processes costs CPU time itself
+POLL_S = 0.05
+MEMORY_POLL_S = 2.0  # scanning all processes costs CPU time itself
 IDLE_S = 10.0
-SETTLE_S = 0.5  # for processes that end a stream after its last batch
 
 
 def tree() -> list[psutil.Process]:
@@ -32,21 +33,16 @@ def tree() -> list[psutil.Process]:
     return [me, *me.children(recursive=True)]
 
 
-class TreeClock:
-    """CPU seconds of a process tree, those of its ended members included where they were seen."""
-
-    def __init__(self) -> None:
-        self._last: dict[tuple[int, float], float] = {}
-
-    def seconds(self) -> float:
-        """Return user and system time of all processes seen so far."""
-        for process in tree():
-            try:
-                times = process.cpu_times()
-                self._last[process.pid, process.create_time()] = times.user + times.system
-            except psutil.NoSuchProcess:
-                continue
-        return sum(self._last.values())
+def tree_seconds() -> float:
+    """Return the CPU seconds of all that descend from this process, which only measures."""
+    seconds = 0.0
+    for process in tree()[1:]:
+        try:
+            times = process.cpu_times()
+            seconds += times.user + times.system
+        except psutil.NoSuchProcess:
+            continue
+    return seconds
 
 
 def private_bytes() -> int:
@@ -78,11 +74,11 @@ def bare(reader: BlockReader, steps: range) -> float:
 def usual(folder: Path, short: int, long: int) -> float:
     """Return the CPU seconds that the field's loader takes from step `short` to step `long`."""
     torch.set_num_threads(1)
-    clock, marks = TreeClock(), {}
+    marks: dict[int, float] = {}
     for step, (pixels, _) in enumerate(loader(folder, IMAGE_SIZE, GLOBAL_BATCH), 1):
         assert pixels.shape == (GLOBAL_BATCH, 3, IMAGE_SIZE, IMAGE_SIZE)
         if step in (short, long):
-            marks[step] = clock.seconds()
+            marks[step] = tree_seconds()
         if step == long:
             break
     return marks[long] - marks[short]
@@ -95,17 +91,32 @@ class Consumer:
     def __init__(self) -> None:
         torch.set_num_threads(1)
 
-    def take(self, recorder: Any, name: str, reference: list[Any], *rest: Any) -> int:
-        """Take all batches of a stream; return the number of samples."""
+    def take(
+        self, recorder: Any, name: str, reference: list[Any], marks: dict[int, str], *rest: Any
+    ) -> int:
+        """Take all batches of a stream; return the number of samples.
+
+        `marks` names the files that are made after some steps.
+        """
         batches = BatchStream(recorder, name, reference[0], *rest)
         samples = 0
         try:
-            for batch in batches:
+            for step, batch in enumerate(batches, 1):
                 assert batch.valid.all()
                 samples += len(batch.valid)
+                if step in marks:
+                    Path(marks[step]).touch()
         finally:
             batches.close()
         return samples
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What some steps took: CPU seconds of all processes, and seconds."""
+
+    cpu_s: float
+    wall_s: float
 
 
 class Pipeline:
@@ -116,52 +127,60 @@ class Pipeline:
         share: what it may use.
 
     Attributes:
-        private_bytes: the peak of `private_bytes()` while streams ran.
-        wall_s: seconds that each run took.
+        private_bytes: the peak of `private_bytes()` while streams ran, if it was asked for.
     """
 
     def __init__(self, folder: Path, share: Share) -> None:
         self._consumers = [Consumer.remote() for _ in range(CONSUMERS)]
         actor: Any = ray.remote(num_cpus=0)(Recorder)
-        self._recorder = actor.remote(str(folder), None)
+        self._folder, self._recorder = folder, actor.remote(str(folder), None)
         self._share, self._streams = share, 0
-        self._clock = TreeClock()
         self.private_bytes = 0
-        self.wall_s: list[float] = []
 
     def idle(self) -> float:
         """Return the CPU seconds that all processes take in a second without a stream."""
-        begun, time_begun = self._clock.seconds(), time.monotonic()
+        begun, time_begun = tree_seconds(), time.monotonic()
         time.sleep(IDLE_S)
-        return (self._clock.seconds() - begun) / (time.monotonic() - time_begun)
+        return (tree_seconds() - begun) / (time.monotonic() - time_begun)
 
-    def run(self, reader: BlockReader, steps: range) -> float:
-        """Stream the batches to the consumers, and return the CPU seconds of all processes."""
+    def run(self, reader: BlockReader, steps: int, counted: range, memory: bool = False) -> Taken:
+        """Stream `steps` steps to the consumers; return what those of `counted` took.
+
+        What was read ahead of them is as much as what is read ahead in them, where the steps before
+        and after them are enough to fill the pipeline.
+        """
         reference = [ray.put(reader)]
         self._streams += 1
-        begun, time_begun = self._clock.seconds(), time.monotonic()
+        marks = {
+            step: str(self._folder / f"{self._streams}-{step}")
+            for step in (counted.start, counted.stop)
+        }
         taken = [
             consumer.take.remote(
                 self._recorder,
                 f"stream {self._streams}",
                 reference,
+                {} if rank else marks,
                 reader.layout,
                 rank,
-                steps.start,
-                steps.stop,
+                0,
+                steps,
                 self._share,
             )
             for rank, consumer in enumerate(self._consumers)
         ]
-        waiting = list(taken)
-        while waiting:
-            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
-            self._clock.seconds()
-            self.private_bytes = max(self.private_bytes, private_bytes())
-        assert sum(ray.get(taken)) == len(steps) * GLOBAL_BATCH
-        self.wall_s.append(time.monotonic() - time_begun)
-        time.sleep(SETTLE_S)
-        return self._clock.seconds() - begun
+        at: dict[int, Taken] = {}
+        looked = time.monotonic()
+        while ray.wait(taken, num_returns=len(taken), timeout=POLL_S)[1]:
+            for step, file in marks.items():
+                if step not in at and os.path.exists(file):
+                    at[step] = Taken(tree_seconds(), time.monotonic())
+            if memory and time.monotonic() > looked + MEMORY_POLL_S:
+                self.private_bytes = max(self.private_bytes, private_bytes())
+                looked = time.monotonic()
+        assert sum(ray.get(taken)) == steps * GLOBAL_BATCH
+        first, last = at[counted.start], at[counted.stop]
+        return Taken(last.cpu_s - first.cpu_s, last.wall_s - first.wall_s)
 
 
 def main(shards: str) -> None:
@@ -170,7 +189,8 @@ def main(shards: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         with connected(config, False, Path(folder)) as share:
             pipeline = Pipeline(Path(folder), share)
-            pipeline.run(build_reader(shards), range(4 * WINDOW))
+            steps = 6 * WINDOW
+            pipeline.run(build_reader(shards), steps, range(1, steps - 1), memory=True)
             print(pipeline.private_bytes)
 
 
