@@ -18,10 +18,10 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import ray
@@ -36,6 +36,7 @@ from clip_ray.data.blocks import (
     Layout,
     assemble,
 )
+from clip_ray.data.pipe import Pipe
 from clip_ray.errors import TrainingError
 from clip_ray.runtime.cluster import Share
 
@@ -46,8 +47,6 @@ TASK_BLOCKS = 8
 LEAD_WINDOWS = 2  # before a segment's end, when the next is started
 FIRST_BATCH_TIMEOUT_S = 300.0
 CLOSE_S = 5.0
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -182,61 +181,12 @@ def stream_context(share: Share, block_bytes: int) -> DataContext:
     return context
 
 
-class _Pipe(Generic[T]):
-    """A bounded queue from one thread to another, that either may leave.
-
-    Args:
-        size: items that wait in it.
-        left: set by the receiver when it takes no more.
-    """
-
-    def __init__(self, size: int, left: threading.Event) -> None:
-        self._queue: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(size)
-        self._left = left
-
-    def fill(self, items: Callable[[], Iterator[T]]) -> None:
-        """Put all items, and then the end or what they raised."""
-        try:
-            for item in items():
-                if not self._put(item, None):
-                    return
-            self._put(None, None)
-        except BaseException as error:
-            self._put(None, error)
-
-    def _put(self, item: T | None, error: BaseException | None) -> bool:
-        while not self._left.is_set():
-            try:
-                self._queue.put((item, error), timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def take(self, timeout_s: float) -> Iterator[T]:
-        """Yield the items; raises what they raised, and queue.Empty where none comes in time."""
-        deadline = time.monotonic() + timeout_s
-        while not self._left.is_set():
-            try:
-                item, error = self._queue.get(timeout=0.1)
-            except queue.Empty:
-                if time.monotonic() > deadline:
-                    raise
-                continue
-            if error is not None:
-                raise error
-            if item is None:
-                return
-            yield item
-            deadline = time.monotonic() + timeout_s
-
-
 @dataclass(frozen=True)
 class _Segment:
     """A rank's blocks of one streaming execution, which runs when `begin` is set."""
 
     begin: threading.Event
-    blocks: _Pipe[Block]
+    blocks: Pipe[Block]
 
 
 class BatchStream:
@@ -275,7 +225,7 @@ class BatchStream:
         self._awaited: dict[int, int] = {}  # by segment that is read: the next block
         self._closed = threading.Event()
         # The next window is assembled while the half of this one that waits here is trained on.
-        self._batches: _Pipe[Batch] = _Pipe(max(layout.window // 2, 1), self._closed)
+        self._batches: Pipe[Batch] = Pipe(max(layout.window // 2, 1), self._closed)
         self._thread = threading.Thread(
             target=self._batches.fill, args=(self._assembled,), name="batches", daemon=True
         )
@@ -328,7 +278,7 @@ class BatchStream:
                         yield batch
 
     def _open(self, number: int) -> _Segment:
-        segment = _Segment(threading.Event(), _Pipe(1, self._closed))
+        segment = _Segment(threading.Event(), Pipe(1, self._closed))
         blocks = functools.partial(self._blocks, number, segment.begin)
         threading.Thread(
             target=segment.blocks.fill, args=(blocks,), name=f"segment {number}", daemon=True

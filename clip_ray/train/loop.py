@@ -23,9 +23,9 @@ from clip_ray.contrastive import clip_loss, contrastive_step, siglip_loss
 from clip_ray.data.blocks import Batch
 from clip_ray.data.plan import sample_hash
 from clip_ray.errors import TrainingError
-from clip_ray.model.vision import mix
 from clip_ray.optim import clamp_logit_scale, learning_rate
 from clip_ray.train.hooks import COMMITTED, PHASES, WORDS, Hooks, Outcome, Reason, Word
+from clip_ray.train.inputs import Arrival, arrivals
 from clip_ray.train.state import Progress, gathered_digests
 
 _DIGEST_PIECES = 6
@@ -113,14 +113,16 @@ def train(
     clock = Clock(device, lambda phase: hooks.entered(progress.step, phase))
     nonfinite_in_a_row, due = 0, False
     stepper = _Stepper(model, optimizer, config, total_steps, device, clock)
+    incoming = arrivals(batches, progress.step, config, device)
     while progress.step < total_steps:
         begun = time.perf_counter()
         clock.start()
-        batch = next(batches, None)
-        if batch is None:
+        arrival = next(incoming, None)
+        if arrival is None:
             raise TrainingError(f"the data ended before step {progress.step} of {total_steps}")
         clock.mark("data_wait")
-        result = stepper.step(batch, progress.step, hooks.asked())
+        result = stepper.step(arrival, progress.step, hooks.asked())
+        batch = arrival.batch
         if batch.bad:
             hooks.quarantine([{"step": progress.step, "attempt": attempt, **b} for b in batch.bad])
         progress = progress.after(
@@ -222,16 +224,15 @@ class _Stepper:
         self._model, self._optimizer, self._config = model, optimizer, config
         self._total_steps, self._device, self._clock = total_steps, device, clock
         self._bare: Any = getattr(model, "module", model)
-        self._rank = dist.get_rank() if dist.is_initialized() else 0
         self._broken = torch.zeros((), dtype=torch.bool)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
 
-    def step(self, batch: Batch, number: int, asked: Set[Word]) -> _Result:
+    def step(self, arrival: Arrival, number: int, asked: Set[Word]) -> _Result:
         rate = learning_rate(number, self._total_steps, self._config.optim)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        micro_batches, valid, identities = self._on_device(batch, number)
-        riders = _riders(batch, asked).to(self._device)
+        inputs = arrival.inputs()
+        riders = _riders(arrival.batch, asked).to(self._device)
         self._clock.mark("copy")
         self._optimizer.zero_grad(set_to_none=True)
         bf16 = self._config.train.precision == "bf16"
@@ -240,9 +241,9 @@ class _Stepper:
         ):
             loss = contrastive_step(
                 self._model,
-                micro_batches,
+                inputs.micro_batches,
                 lambda *features: self._loss(
-                    *features, valid=valid, identities=identities, riders=riders
+                    *features, valid=inputs.valid, identities=inputs.identities, riders=riders
                 ),
                 mark=self._clock.mark,
             )
@@ -304,46 +305,6 @@ class _Stepper:
             mine, flags = flags, flags.new_empty(dist.get_world_size())
             dist.all_gather_into_tensor(flags, mine)
         return tuple(flags.nonzero()[:, 0].tolist())
-
-    def _on_device(
-        self, batch: Batch, number: int
-    ) -> tuple[list[tuple[Tensor, ...]], Tensor, Tensor | None]:
-        """Return the micro-batches, equally long, and the rows' validity and identities."""
-        rows = len(batch.valid)
-        size = min(self._config.train.micro_batch or rows, rows)
-        inputs = [batch.pixels, batch.ids]
-        if self._config.train.patch_dropout:
-            # By position, as the crop: a row drops the same patches on whichever worker it is.
-            first = number * self._config.train.global_batch + self._rank * rows
-            inputs.append(
-                mix(torch.tensor(self._config.run.seed)) ^ torch.arange(first, first + rows)
-            )
-        moved = [self._moved(_padded(tensor, size)) for tensor in inputs]
-        micro_batches = list(zip(*(tensor.split(size) for tensor in moved), strict=True))
-        identities = None
-        if self._config.train.mask_duplicates:
-            identities = self._moved(_padded(_identities(batch), size))
-        return micro_batches, self._moved(_padded(batch.valid, size)), identities
-
-    def _moved(self, tensor: Tensor) -> Tensor:
-        cuda = self._device.type == "cuda"
-        moved = (tensor.pin_memory() if cuda else tensor).to(self._device, non_blocking=cuda)
-        return moved.contiguous()  # pixels travel channels last: cheap to turn here
-
-
-def _padded(tensor: Tensor, size: int) -> Tensor:
-    """Return a tensor with rows of zeros added, until `size` divides their number."""
-    short = -len(tensor) % size
-    return nn.functional.pad(tensor, (0, 0) * (tensor.ndim - 1) + (0, short))
-
-
-def _identities(batch: Batch) -> Tensor:
-    """Return (b, 2): the image file's hash and the caption's, of its token ids."""
-    assert batch.image_id is not None
-    generator = torch.Generator().manual_seed(0)
-    odd_L = torch.randint(-(1 << 62), 1 << 62, batch.ids.shape[1:], generator=generator) * 2 + 1
-    captions_B = (batch.ids.long() * odd_L).sum(dim=1)
-    return torch.stack([torch.from_numpy(batch.image_id), captions_B], dim=1)
 
 
 def _riders(batch: Batch, asked: Set[Word]) -> Tensor:

@@ -202,11 +202,14 @@ def poisoned(batches: Iterator[Batch], first: int, steps: frozenset[int]) -> Ite
 
 
 def flipped(batches: Iterator[Batch], at: int, model: torch.nn.Module) -> Iterator[Batch]:
-    """Change the lowest bit of one weight before a batch, as a fault of memory would."""
+    """Change one bit of one weight before a batch, as a fault of memory would.
+
+    Not the lowest bit: an update's rounding can bring that back.
+    """
     for number, batch in enumerate(batches):
         if number == at:
             with torch.no_grad():
-                next(model.parameters()).view(-1)[:1].view(torch.int32).bitwise_xor_(1)
+                next(model.parameters()).view(-1)[:1].view(torch.int32).bitwise_xor_(1 << 8)
         yield batch
 
 

@@ -12,7 +12,7 @@ import torch
 from clip_ray import model as models
 from clip_ray.config import Config
 from clip_ray.data.blocks import read_batches
-from clip_ray.train import loop
+from clip_ray.train import inputs, loop
 from clip_ray.train.rundir import Run
 from clip_ray.train.state import build_state, gathered_digests
 from tests.distributed import run_ranks
@@ -161,7 +161,7 @@ def test_duplicates_are_told_by_image_file_and_by_caption(tmp_path: Path) -> Non
     run = option_run(tmp_path, "mask_duplicates")
     seen: dict[tuple[int, int], set[int]] = {}
     for step, batch in enumerate(read_batches(run.reader(1), 0, 0, 8)):
-        identities = loop._identities(batch)
+        identities = inputs._identities(batch)
         for row, pair in enumerate(identities.tolist()):
             which = int(batch.shard[row]) * 32 + int(batch.place[row])
             seen.setdefault(tuple(pair), set()).add(which % 40)
