@@ -118,10 +118,10 @@ def summarize(
 ) -> Row:
     """Write `summary.json` and the figures of a run that has reached its last step."""
     config = run.config
-    commit = Checkpoints(run.store).commits()[-1]
     checkpoints = Checkpoints(run.store)
+    commit = checkpoints.commits()[-1]
     rows = list(read_journal(run.store, "metrics"))
-    line = lineage(rows)
+    line = lineage(rows, checkpoints.starts())
     events = list(read_journal(run.store, "events"))
     started = min((e["time"] for e in events if e["event"] == "attempt"), default=begun)
     ended = rows[-1]["time"] if rows else begun

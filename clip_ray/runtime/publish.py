@@ -10,6 +10,7 @@ from typing import Any
 from clip_ray.errors import ClipRayError
 from clip_ray.registry import register
 from clip_ray.tracking import TrackedRun, Tracker, source_version
+from clip_ray.train.checkpoint import Checkpoints
 from clip_ray.train.journal import Row, lineage, read_journal
 from clip_ray.train.rundir import Run
 
@@ -105,7 +106,7 @@ def catch_up(run: Run, summary: Row, say: Say) -> Row:
         return summary
     say("MLflow lacks results of this run: sending them")
     tracker = start_tracker(run)
-    tracker.offer(lineage(read_journal(run.store, "metrics")))
+    tracker.offer(lineage(read_journal(run.store, "metrics"), Checkpoints(run.store).starts()))
     summary = publish(run, tracker, summary, say)
     close_tracker(run, tracker, "FINISHED", summary, say)
     return summary

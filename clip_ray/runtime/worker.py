@@ -172,12 +172,7 @@ def _decide(
     def rejected(commit: Commit, why: str) -> None:
         events.append({"event": "commit_rejected", "commit": commit.name, "why": why})
 
-    found = checkpoints.newest(rejected)
-    if found is None and events:
-        raise CheckpointError(
-            f"{job.run_uri}: none of the {len(events)} commits verifies (the newest: "
-            f"{events[0]['why']}); restore checkpoints/ from a copy, or delete it to begin anew"
-        )
+    found = checkpoints.start_from_newest(number, rejected)
     progress, commit = Progress(0, job.plan_digest), None
     if found is None and job.config.init.weights is not None:
         weights, digest = initial_weights(job.config, Tokenizer.load(job.tokenizer), run)

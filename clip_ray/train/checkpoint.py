@@ -4,13 +4,16 @@ A checkpoint is a directory `checkpoints/step-00001234.a3/` of the run. Its file
 first; `COMMIT`, which lists their sizes and digests, is created last and by one writer only. So a
 directory without COMMIT does not exist for a reader, whatever killed its writer. The attempt
 number in the name (`.a3`) is drawn exclusively, and a writer looks for newer attempts before it
-commits: a process that was thought dead and wakes up cannot disturb its successor.
+commits. Each attempt records the commit that it starts from, and what earlier attempts have beyond
+it does not count: so a process that was thought dead, and wakes up between its look and its COMMIT,
+cannot disturb its successor either.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import socket
@@ -26,6 +29,7 @@ from clip_ray.storage import FileDigest, Store, digest_bytes
 
 FORMAT = 1
 COMMIT = "COMMIT"
+_ATTEMPTS, _START = "attempts", ".start.json"
 _NAME = re.compile(r"^step-(\d{8,})\.a(\d+)$")
 
 _PART_POLL_S = 0.2
@@ -50,6 +54,10 @@ class Commit:
         return f"step-{self.step:08d}.a{self.attempt}"
 
 
+BEGINNING = Commit(0, 0)
+"""What an attempt starts from that starts from no commit."""
+
+
 class Checkpoints:
     """The commits of one run.
 
@@ -60,10 +68,17 @@ class Checkpoints:
     def __init__(self, run: Store) -> None:
         self._run = run
         self._store = run.child("checkpoints")
+        self._starts: dict[int, Commit] = {}  # as recorded: never rewritten
 
     def uri(self, commit: Commit) -> str:
         """Return the path or URI of a commit's directory."""
         return self._store.child(commit.name).uri
+
+    def attempts(self) -> list[dict[str, Any]]:
+        """Return what was recorded of each attempt at its begin, oldest first."""
+        folder = self._run.child(_ATTEMPTS)
+        names = [name for name in folder.files() if not name.endswith(_START)]
+        return [json.loads(folder.read(name)) for name in names]
 
     def begin_attempt(self, info: Mapping[str, object]) -> int:
         """Draw the next attempt number, exclusively, and record `info` under it."""
@@ -78,28 +93,97 @@ class Checkpoints:
                 "token": uuid.uuid4().hex,
             }
             try:
-                self._run.create(f"attempts/{number:05d}.json", json.dumps(record).encode())
+                self._run.create(f"{_ATTEMPTS}/{number:05d}.json", json.dumps(record).encode())
             except FileExistsError:
                 continue
             return number
 
     def newest_attempt(self) -> int:
         """Return the highest attempt number drawn so far; 0 before the first."""
-        names = self._run.child("attempts").files()
+        names = self._run.child(_ATTEMPTS).files()
         return max((int(name.split(".")[0]) for name in names), default=0)
 
+    def start_from_newest(
+        self, attempt: int, rejected: Callable[[Commit, str], None]
+    ) -> tuple[Commit, dict[str, bytes]] | None:
+        """Choose the commit that an attempt starts from, and record it, once and for all.
+
+        Args:
+            attempt: the attempt, whose number the caller has drawn.
+            rejected: as in `newest`.
+
+        Returns:
+            As `newest`; none = the attempt starts from the beginning.
+
+        Raises:
+            CheckpointError: there are commits, and none verifies; or as `newest`.
+        """
+        damaged: list[str] = []
+
+        def note(commit: Commit, why: str) -> None:
+            damaged.append(why)
+            rejected(commit, why)
+
+        found = self.newest(note)
+        if found is None and damaged:
+            raise CheckpointError(
+                f"{self._run.uri}: none of the {len(damaged)} commits verifies (the newest: "
+                f"{damaged[0]}); restore checkpoints/ from a copy, or delete it to begin anew"
+            )
+        start = found[0] if found else BEGINNING
+        record = {"step": start.step, "attempt": start.attempt, "token": uuid.uuid4().hex}
+        self._run.create(f"{_ATTEMPTS}/{attempt:05d}{_START}", json.dumps(record).encode())
+        return found
+
+    def starts(self) -> dict[int, Commit]:
+        """Return the commit that each attempt started from, BEGINNING for none.
+
+        Attempts that died before they chose one are left out, and those of versions that did not
+        record it.
+        """
+        names = self._run.child(_ATTEMPTS).files()
+        numbers = [int(name.removesuffix(_START)) for name in names if name.endswith(_START)]
+        return {number: start for number in numbers if (start := self._start(number))}
+
+    def _start(self, attempt: int) -> Commit | None:
+        if attempt not in self._starts:
+            try:
+                record = json.loads(self._run.read(f"{_ATTEMPTS}/{attempt:05d}{_START}"))
+            except FileNotFoundError:
+                return None
+            self._starts[attempt] = Commit(record["step"], record["attempt"])
+        return self._starts[attempt]
+
     def commits(self) -> list[Commit]:
-        """Return the committed checkpoints, oldest first; their bytes are not verified.
+        """Return the committed checkpoints that count, oldest first; not verified.
 
         A later attempt's commits are newer, whatever their step: it began at a commit that
-        verified, so what an earlier attempt has beyond that was given up.
+        verified, so what an earlier attempt has beyond that was given up, and does not count even
+        where it is written later.
         """
+        return self._commits()[0]
+
+    def _commits(self) -> tuple[list[Commit], list[Commit]]:
+        """Return the commits that count, and those that were given up; each oldest first."""
         found = [
             Commit(int(m[1]), int(m[2]))
             for name in self._store.directories()
             if (m := _NAME.match(name)) and self._store.exists(f"{name}/{COMMIT}")
         ]
-        return sorted(found, key=lambda commit: (commit.attempt, commit.step))
+        found.sort(key=lambda commit: (commit.attempt, commit.step))
+        if not found:
+            return [], []
+        last: dict[int, float] = {}  # the last step of an attempt that counts
+        attempt, upto = max(self.newest_attempt(), found[-1].attempt), math.inf
+        while attempt >= found[0].attempt:
+            last[attempt] = upto
+            start = self._start(attempt)
+            # An attempt without a record starts from whatever the one before it has.
+            upto = start.step if start else math.inf
+            attempt = min(start.attempt, attempt - 1) if start else attempt - 1
+        counts = [commit.step <= last.get(commit.attempt, -1) for commit in found]
+        kept = [commit for commit, does in zip(found, counts, strict=True) if does]
+        return kept, [commit for commit, does in zip(found, counts, strict=True) if not does]
 
     def write(
         self,
@@ -230,20 +314,26 @@ class Checkpoints:
     ) -> tuple[Commit, dict[str, bytes]] | None:
         """Return the newest commit that verifies, and its files; none where there is none.
 
+        One that was given up is taken where no other verifies: an attempt that starts from it is
+        as consistent as one that starts from another.
+
         Args:
-            rejected: told each newer commit that did not verify, and why.
+            rejected: told each newer commit that counts and did not verify, and why.
 
         Raises:
             CheckpointError: the newest one was written by a newer version.
         """
-        for commit in reversed(self.commits()):
+        counting, given_up = self._commits()
+        for commit in [*reversed(counting), *reversed(given_up)]:
             try:
                 return commit, self.verify(commit)
             except NewerFormatError:
                 # Not damaged: an older commit, or a start from nothing, would throw work away.
                 raise
             except (CheckpointError, FileNotFoundError) as error:
-                rejected(commit, str(error))
+                # Of what was given up, a successor may have deleted any part.
+                if commit in counting:
+                    rejected(commit, str(error))
         return None
 
     def discard(self, commit: Commit) -> None:
@@ -254,18 +344,20 @@ class Checkpoints:
     def prune(self, keep_last: int, keep_every: int | None, pinned: Commit | None = None) -> None:
         """Delete what need not be kept: old commits, COMMIT first, and orphans.
 
-        An orphan is a directory without COMMIT that an earlier attempt left.
+        An orphan is a directory without COMMIT that an earlier attempt left. What was given up
+        goes once the newest attempt has a commit of its own: until then it may be all there is.
         """
-        commits = self.commits()
+        commits, given_up = self._commits()
+        attempt = self.newest_attempt()
         keep = set(commits[-keep_last:])
         keep |= {c for c in commits if keep_every and c.step % keep_every == 0}
         keep |= {pinned} if pinned else set()
-        for commit in commits:
+        superseded = given_up if commits and commits[-1].attempt == attempt else []
+        for commit in [*commits, *superseded]:
             if commit not in keep:
                 self._store.delete(f"{commit.name}/{COMMIT}")
                 self._store.delete(commit.name)
-        attempt = self.newest_attempt()
-        committed = {commit.name for commit in commits}
+        committed = {commit.name for commit in [*commits, *given_up]}
         for name in self._store.directories():
             match = _NAME.match(name)
             if match and name not in committed and int(match[2]) < attempt:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable
 
 from clip_ray.storage import Store
+from clip_ray.train.checkpoint import Checkpoints
 from clip_ray.train.journal import Row
 
 
@@ -21,8 +21,7 @@ def held_s(run: Store, rows: Iterable[Row], before: float) -> float:
         rows: of the run's journals; their times are the signs of life.
         before: seconds since 1970; later attempts, and signs, are another's.
     """
-    folder = run.child("attempts")
-    attempts = [json.loads(folder.read(name)) for name in folder.files()]
+    attempts = Checkpoints(run).attempts()
     starts = [
         # The attempts of one job follow each other.
         next(group)["started"]

@@ -8,12 +8,14 @@ recomputed after a crash, the later attempt's rows supersede the earlier ones.
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from clip_ray.storage import LocalStore, Store
+from clip_ray.train.checkpoint import Commit
 
 Row = dict[str, Any]
 _TAIL_BYTES = 64 << 10  # many times a row's length
@@ -120,21 +122,31 @@ def last_row(run: Store, name: str) -> Row | None:
     return rows[-1] if rows else None
 
 
-def lineage(rows: Iterable[Row]) -> list[Row]:
+def lineage(rows: Iterable[Row], starts: Mapping[int, Commit] | None = None) -> list[Row]:
     """Return the rows of the steps that led to the final weights, by step.
 
-    A later attempt resumed from a commit at the step before its first row, so its rows take the
-    place of all earlier attempts' rows from there on.
+    From the newest attempt back: its rows, those up to the commit that it started from of the
+    attempt that made that, and so on.
+
+    Args:
+        rows: of the journal of steps.
+        starts: the commit that each attempt started from (`Checkpoints.starts`). An attempt that
+            is not in it went on from what was there at the step before its first row.
     """
-    kept: dict[int, Row] = {}
-    newest = 0
+    attempts: dict[int, dict[int, Row]] = {}
     for row in rows:
-        if row["attempt"] > newest:
-            newest = row["attempt"]
-            for step in [s for s in kept if s >= row["step"]]:
-                del kept[step]
-        if row["attempt"] == newest:
-            kept[row["step"]] = row
+        attempts.setdefault(row["attempt"], {})[row["step"]] = row
+    kept: dict[int, Row] = {}
+    attempt, upto = max(attempts, default=0), math.inf
+    while attempt > 0:
+        own = attempts.get(attempt, {})
+        kept |= {step: row for step, row in own.items() if step <= upto}
+        start = (starts or {}).get(attempt)
+        if start is None:
+            upto = min([upto, *(step - 1 for step in own)])
+            attempt = max((number for number in attempts if number < attempt), default=0)
+        else:
+            attempt, upto = min(start.attempt, attempt - 1), min(upto, start.step)
     return [kept[step] for step in sorted(kept)]
 
 

@@ -74,7 +74,8 @@ def verify(run: Store) -> Proof:
         CheckpointError: there is no run, or none that has a manifest and a journal.
     """
     config, manifest, plan = _load(run)
-    rows = lineage(read_journal(run, "metrics"))
+    checkpoints = Checkpoints(run)
+    rows = lineage(read_journal(run, "metrics"), checkpoints.starts())
     if not rows:
         raise CheckpointError(f"{run.uri}: metrics.jsonl has no steps yet")
     steps = [row["step"] for row in rows]
@@ -94,7 +95,7 @@ def verify(run: Store) -> Proof:
         wrong=tuple(wrong),
         passes=counts.complete() if counts is not None and pooled else None,
         attempts=len({row["attempt"] for row in rows}),
-        committed=max((commit.step for commit in Checkpoints(run).commits()), default=0),
+        committed=max((commit.step for commit in checkpoints.commits()), default=0),
     )
 
 

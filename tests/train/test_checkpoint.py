@@ -14,7 +14,7 @@ import pytest
 
 from clip_ray.errors import CheckpointError
 from clip_ray.storage import LocalStore, Store, open_store
-from clip_ray.train.checkpoint import COMMIT, FORMAT, Checkpoints, Commit
+from clip_ray.train.checkpoint import BEGINNING, COMMIT, FORMAT, Checkpoints, Commit
 
 
 def save_weights(path: Path) -> None:
@@ -234,6 +234,123 @@ def test_a_zombie_commits_nothing(run: Store) -> None:
         checkpoints.write(Commit(11, 1), FILES)
     checkpoints.write(Commit(10, 2), FILES)
     assert checkpoints.commits() == [Commit(10, 2)]
+
+
+class Paused(Checkpoints):
+    """A writer that is stopped, once, between its look for newer attempts and its COMMIT."""
+
+    def __init__(self, run: Store, meanwhile: Callable[[], None]) -> None:
+        super().__init__(run)
+        self._meanwhile: Callable[[], None] | None = meanwhile
+
+    def newest_attempt(self) -> int:
+        found = super().newest_attempt()
+        meanwhile, self._meanwhile = self._meanwhile, None
+        if meanwhile is not None:
+            meanwhile()
+        return found
+
+
+def goes_on(
+    run: Store, keep_last: int = 3
+) -> tuple[int, tuple[Commit, dict[str, bytes]] | None, Rejected]:
+    """Begin an attempt as rank 0 does; return its number, what it starts from, what it rejected."""
+    checkpoints, rejected = Checkpoints(run), Rejected()
+    number = checkpoints.begin_attempt({})
+    found = checkpoints.start_from_newest(number, rejected)
+    checkpoints.prune(keep_last, None, pinned=found[0] if found else None)
+    return number, found, rejected
+
+
+def test_a_late_commit_whose_files_a_successor_swept_does_not_brick_the_run(run: Store) -> None:
+    """It looks like a damaged commit, and where it is the only one nothing could begin."""
+    assert goes_on(run) == (1, None, [])
+
+    def successor() -> None:
+        assert goes_on(run) == (2, None, [])
+
+    Paused(run, successor).write(Commit(20, 1), FILES)
+    assert run.child("checkpoints").files() == ["step-00000020.a1/COMMIT"]
+    assert Checkpoints(run).commits() == []
+    assert goes_on(run) == (3, None, [])
+    Checkpoints(run).write(Commit(5, 3), FILES)
+    assert Checkpoints(run).newest(never) == (Commit(5, 3), CONTENT)
+    Checkpoints(run).prune(3, None)
+    assert names(run) == ["step-00000005.a3"]
+
+
+def test_what_a_zombie_commits_late_is_not_gone_on_from(run: Store) -> None:
+    """Attempt 2 went on from step 10, and died: attempt 3 must too, not from attempt 1's 20."""
+    goes_on(run)
+    Checkpoints(run).write(Commit(10, 1), FILES)
+
+    def successor() -> None:
+        number = Checkpoints(run).begin_attempt({})
+        assert Checkpoints(run).start_from_newest(number, never) == (Commit(10, 1), CONTENT)
+
+    zombie = Paused(run, successor)
+    zombie.write(Commit(20, 1), FILES)
+    zombie.prune(keep_last=1, keep_every=None)  # nor does it delete what its successors need
+    assert Checkpoints(run).commits() == [Commit(10, 1)]
+    assert goes_on(run) == (3, (Commit(10, 1), CONTENT), [])
+    Checkpoints(run).write(Commit(15, 3), FILES)
+    assert Checkpoints(run).commits() == [Commit(10, 1), Commit(15, 3)]
+
+
+def test_what_was_given_up_is_better_than_nothing(local: Store) -> None:
+    """Attempt 2 fell back past 20, which is whole (a disk read wrong, once); then 10 rots."""
+    goes_on(local)
+    for step in (10, 20):
+        Checkpoints(local).write(Commit(step, 1), FILES)
+    folder = local.child("checkpoints/step-00000020.a1")
+    whole = folder.read("state.json")
+    folder.write("state.json", b"")
+    assert goes_on(local)[:2] == (2, (Commit(10, 1), CONTENT))
+    folder.write("state.json", whole)
+    assert Checkpoints(local).newest(never) == (Commit(10, 1), CONTENT)
+    flip("state.json")(local.child("checkpoints/step-00000010.a1"))
+    number, found, rejected = goes_on(local)
+    assert (number, found) == (3, (Commit(20, 1), CONTENT))
+    assert [name for name, _ in rejected] == ["step-00000010.a1"]
+
+
+def test_where_none_verifies_nothing_begins_anew(local: Store) -> None:
+    """However often it is tried: a start from nothing would give the commits up."""
+    goes_on(local)
+    Checkpoints(local).write(Commit(10, 1), FILES)
+    flip("state.json")(local.child("checkpoints/step-00000010.a1"))
+    for _ in range(3):
+        with pytest.raises(CheckpointError, match="none of the 1 commits verifies .*state.json"):
+            goes_on(local)
+    flip("state.json")(local.child("checkpoints/step-00000010.a1"))
+    assert goes_on(local)[1] == (Commit(10, 1), CONTENT)
+
+
+def test_a_run_of_a_version_that_recorded_no_starts_goes_on(local: Store) -> None:
+    checkpoints = begun(local)
+    checkpoints.write(Commit(10, 1), FILES)
+    begun(local)
+    checkpoints.write(Commit(20, 2), FILES)
+    begun(local)
+    assert not [name for name in local.child("attempts").files() if "start" in name]
+    assert Checkpoints(local).starts() == {}
+    assert Checkpoints(local).commits() == [Commit(10, 1), Commit(20, 2)]
+    assert goes_on(local) == (4, (Commit(20, 2), CONTENT), [])
+    Checkpoints(local).write(Commit(30, 4), FILES)
+    assert Checkpoints(local).commits() == [Commit(10, 1), Commit(20, 2), Commit(30, 4)]
+    begun(local)  # and by an older version again
+    Checkpoints(local).write(Commit(40, 5), FILES)
+    assert goes_on(local, keep_last=9)[1] == (Commit(40, 5), CONTENT)
+    assert [c.step for c in Checkpoints(local).commits()] == [10, 20, 30, 40]
+    assert Checkpoints(local).starts() == {4: Commit(20, 2), 6: Commit(40, 5)}
+
+
+def test_a_start_is_recorded_once(run: Store) -> None:
+    goes_on(run)
+    Checkpoints(run).write(Commit(10, 1), FILES)
+    with pytest.raises(FileExistsError):
+        Checkpoints(run).start_from_newest(1, never)
+    assert Checkpoints(run).starts() == {1: BEGINNING}
 
 
 def test_a_commit_is_never_rewritten(run: Store) -> None:

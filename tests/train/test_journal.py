@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from clip_ray.storage import LocalStore, Store, open_store
+from clip_ray.train.checkpoint import Commit
 from clip_ray.train.journal import Journal, Row, last_row, lineage, read_journal
 
 
@@ -127,6 +128,32 @@ def rows(*steps: tuple[int, int]) -> list[Row]:
 )
 def test_lineage_by_hand(journal: list[tuple[int, int]], places: list[int]) -> None:
     assert [row["place"] for row in lineage(rows(*journal))] == places
+
+
+@pytest.mark.parametrize(
+    ("journal", "starts", "places"),
+    [
+        # As without records, and the beginning.
+        ([(1, 1), (1, 2), (1, 3), (2, 3)], {1: (0, 0), 2: (2, 1)}, [0, 1, 3]),
+        ([(1, 1), (1, 2), (2, 1)], {1: (0, 0), 2: (0, 0)}, [2]),
+        # Attempt 2 went on from 1, attempt 3 from a commit at 3 that attempt 1 made later.
+        ([(1, 1), (1, 2), (1, 3), (2, 2), (3, 4)], {2: (1, 1), 3: (3, 1)}, [0, 1, 2, 4]),
+        # Attempt 3 went on from attempt 1's 2: what attempt 2 did is not in it.
+        ([(1, 1), (1, 2), (2, 3), (3, 3)], {2: (2, 1), 3: (2, 1)}, [0, 1, 3]),
+        # A step that is missing stays missing.
+        ([(1, 1), (1, 2), (3, 4)], {1: (0, 0), 3: (3, 1)}, [0, 1, 2]),
+        ([(1, 1), (3, 3)], {1: (0, 0), 3: (2, 2)}, [0, 1]),
+        # Only the last attempt's is known: begun by an older version.
+        ([(1, 1), (1, 2), (2, 2), (2, 3), (3, 3)], {3: (2, 2)}, [0, 2, 4]),
+        # And the other way round.
+        ([(1, 1), (1, 2), (1, 3), (2, 2), (3, 3)], {2: (1, 1)}, [0, 3, 4]),
+    ],
+)
+def test_lineage_follows_what_the_attempts_recorded(
+    journal: list[tuple[int, int]], starts: dict[int, tuple[int, int]], places: list[int]
+) -> None:
+    recorded = {attempt: Commit(*start) for attempt, start in starts.items()}
+    assert [row["place"] for row in lineage(rows(*journal), recorded)] == places
 
 
 def test_the_last_row_is_found_without_the_rest(tmp_path: Path) -> None:
