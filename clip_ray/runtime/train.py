@@ -122,7 +122,7 @@ def pretrain(config: Config, command: list[str], say: Say = print) -> Ended:
     config = resolve(config)
     tracking_uri = default_tracking_uri(config.tracking.uri, config.run.storage)
     store = run_store(config)
-    with owned_signals() as stop, held_lease(store) as lease_lost:
+    with owned_signals() as stop, held_lease(store, say) as lease_lost:
         if claim(store, config):
             say(f"run {config.run.name} exists in {store.uri}")
         done = _finished(store, config, say)

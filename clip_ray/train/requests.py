@@ -22,7 +22,7 @@ from clip_ray.errors import CheckpointError
 from clip_ray.storage import LocalStore, Store
 from clip_ray.train.checkpoint import Checkpoints
 from clip_ray.train.journal import Row, last_row
-from clip_ray.train.lease import live_holder
+from clip_ray.train.lease import Watch, live_holder
 
 Wish = Literal["stop", "commit"]
 Say = Callable[[str], None]
@@ -204,7 +204,8 @@ def ask(run: Store, wish: Wish, by: str, timeout_s: float, say: Say, period_s: f
     """
     if not run.exists("config.yaml"):
         raise CheckpointError(f"{run.uri}: no run there (no config.yaml); give a run's directory")
-    holder = live_holder(run)
+    watch = Watch(run)
+    holder = watch.look()
     if holder is None:
         say(f"not running; {_state(run)[1]}")
         return False
@@ -214,7 +215,7 @@ def ask(run: Store, wish: Wish, by: str, timeout_s: float, say: Say, period_s: f
     what = "a commit and its end" if wish == "stop" else "a commit"
     say(f"asked {holder} for {what}")
     try:
-        happened, text = _wait(run, request, timeout_s, period_s)
+        happened, text = _wait(run, request, watch, timeout_s, period_s)
     finally:
         folder.delete(f"{request.id}.json")
         folder.delete(f"{request.id}{_ANSWER}")
@@ -223,13 +224,15 @@ def ask(run: Store, wish: Wish, by: str, timeout_s: float, say: Say, period_s: f
     return happened and (whole or wish == "commit")
 
 
-def _wait(run: Store, request: Request, timeout_s: float, period_s: float) -> tuple[bool, str]:
+def _wait(
+    run: Store, request: Request, watch: Watch, timeout_s: float, period_s: float
+) -> tuple[bool, str]:
     """Return whether the request was met, and in words what came of it."""
     folder, taken = run.child(_FOLDER), False
     deadline = time.monotonic() + timeout_s
     while True:
         # The lease first: a job answers before it ends.
-        holder = live_holder(run)
+        holder = watch.look()
         answer = _read_answer(folder, request.id)
         taken = taken or answer is not None
         if answer is not None and answer.state == "done":

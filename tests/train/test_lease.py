@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -17,14 +18,20 @@ import pytest
 from clip_ray.errors import CheckpointError
 from clip_ray.storage import LocalStore, Store, open_store
 from clip_ray.train import lease
-from clip_ray.train.lease import EXPIRE_S, held_lease
+from clip_ray.train.lease import EXPIRE_S, Watch, held_lease, live_holder
 
 REPOSITORY = Path(__file__).parents[2]
 HOLD = """
 import sys, time
 from clip_ray.storage import open_store
-from clip_ray.train.lease import held_lease
-with held_lease(open_store(sys.argv[1])):
+from clip_ray.train import lease
+skew, elsewhere = float(sys.argv[2]), sys.argv[3] == "elsewhere"
+if elsewhere:
+    now = time.time
+    time.time = lambda: now() + skew
+    lease._place = lambda: "elsewhere"
+    lease.RENEW_S = 0.05
+with lease.held_lease(open_store(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -35,10 +42,12 @@ def run(tmp_path: Path) -> Store:
     return LocalStore(tmp_path / "r")
 
 
-@pytest.fixture
-def holder(run: Store) -> Iterator[subprocess.Popen[str]]:
-    """Another live process that holds the run's lease."""
-    command = [sys.executable, "-c", HOLD, run.uri]
+@contextlib.contextmanager
+def held_by_another(
+    run: Store, skew_s: float = 0, place: str = "here"
+) -> Iterator[subprocess.Popen[str]]:
+    """Another live process that holds the run's lease, as if on another machine for "elsewhere"."""
+    command = [sys.executable, "-c", HOLD, run.uri, str(skew_s), place]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
     try:
         assert process.stdout is not None and process.stdout.readline() == "held\n"
@@ -46,6 +55,12 @@ def holder(run: Store) -> Iterator[subprocess.Popen[str]]:
     finally:
         process.kill()
         process.wait(10)
+
+
+@pytest.fixture
+def holder(run: Store) -> Iterator[subprocess.Popen[str]]:
+    with held_by_another(run) as process:
+        yield process
 
 
 def files(run: Store) -> list[str]:
@@ -62,7 +77,7 @@ def rewrite(run: Store, **fields: Any) -> None:
 
 def leave(run: Store, **fields: Any) -> None:
     """Leave a lease behind as a holder that died would."""
-    run.create("lease/00000001.json", lease._content("token", time.time()))
+    run.create("lease/00000001.json", lease._content("token", time.time(), 0))
     rewrite(run, **fields)
 
 
@@ -127,21 +142,96 @@ def test_a_holder_learns_that_it_was_taken_over(run: Store, monkeypatch) -> None
         assert lost.wait(10)
 
 
-@pytest.mark.parametrize(("age_s", "alive"), [(EXPIRE_S - 5, True), (EXPIRE_S + 1, False)])
-def test_another_hosts_lease_expires_by_time(run: Store, age_s: float, alive: bool) -> None:
-    leave(run, host="elsewhere", pid=4242, renewed=time.time() - age_s)
-    if alive:
-        with pytest.raises(CheckpointError, match="process 4242 on elsewhere"), held_lease(run):
+SKEWS = (-3600, 0, 3600)
+
+
+@pytest.mark.parametrize("skew_s", SKEWS)
+def test_a_live_lease_of_another_machine_is_not_taken_whatever_its_clock_says(
+    run: Store, skew_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "LOOK_S", 0.05)
+    said: list[str] = []
+    with held_by_another(run, skew_s, "elsewhere") as process:
+        message = f"is being written by process {process.pid} on"
+        with pytest.raises(CheckpointError, match=message), held_lease(run, said.append):
             pass
-    else:
-        with held_lease(run):
-            assert files(run) == ["00000002.json"]
+        assert process.poll() is None and files(run) == ["00000001.json"]
+    (line,) = said
+    assert "seeing whether it lives (at most 60 s)" in line
+
+
+@pytest.mark.parametrize("skew_s", SKEWS)
+def test_a_dead_lease_of_another_machine_is_taken_whatever_its_clock_said(
+    run: Store, skew_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave(run, place="elsewhere", host="elsewhere", pid=4242, renewed=time.time() + skew_s)
+    monkeypatch.setattr(lease, "EXPIRE_S", 0.5)
+    monkeypatch.setattr(lease, "LOOK_S", 0.05)
+    begun = time.monotonic()
+    with held_lease(run):
+        assert files(run) == ["00000002.json"]
+    assert time.monotonic() - begun >= 0.5  # never at once
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.now = 1e6
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_lease_expires_a_minute_after_the_last_change_that_was_seen(run: Store) -> None:
+    clock = Clock()
+    watch = Watch(run, clock)
+    assert watch.look() is None and not watch.renews
+    leave(run, place="elsewhere", host="elsewhere")
+    seen = watch.look()
+    assert seen is not None and seen.host == "elsewhere"
+    assert not watch.renews  # it may have been written long ago
+    clock.now += EXPIRE_S - 1
+    assert watch.look() == seen and not watch.renews
+    rewrite(run, renewals=1)
+    assert watch.look() == seen and watch.renews
+    clock.now += EXPIRE_S - 1
+    assert watch.look() == seen
+    clock.now += 1
+    assert watch.look() is None
+    # A new holder is watched anew.
+    run.write("lease/00000002.json", run.read("lease/00000001.json"))
+    assert watch.look() is not None and not watch.renews and watch.number == 2
+
+
+def test_a_slow_look_is_no_sign_of_death(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The storage took two minutes to answer: nothing was seen in between."""
+    leave(run, place="elsewhere", host="elsewhere")
+    clock = Clock()
+    watch, read = Watch(run, clock), LocalStore.read
+
+    def slow(self: LocalStore, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        clock.now += 2 * EXPIRE_S
+        return read(self, name, start, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStore, "read", slow)
+        assert watch.look() is not None
+        assert watch.look() is not None
+    clock.now += EXPIRE_S
+    assert watch.look() is None
+
+
+def test_the_same_number_in_another_container_is_another_process(run: Store) -> None:
+    """Same host name, own process numbers: this process's number says nothing of the holder's."""
+    leave(run, place="another boot, or pid:[4026532000]", process_started="1")
+    assert live_holder(run) is not None
 
 
 def test_it_is_renewed(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "RENEW_S", 0.05)
     with held_lease(run):
-        rewrite(run, host="elsewhere", renewed=0.0)
+        rewrite(run, host="elsewhere", renewed=0.0, renewals=-1)
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline:
             record = json.loads(run.read(f"lease/{files(run)[0]}"))
@@ -149,7 +239,7 @@ def test_it_is_renewed(run: Store, monkeypatch: pytest.MonkeyPatch) -> None:
                 break
             time.sleep(0.02)
         assert record["host"] == socket.gethostname()
-        assert abs(record["renewed"] - time.time()) < 20
+        assert abs(record["renewed"] - time.time()) < 20 and record["renewals"] > 0
         assert record["since"] <= record["renewed"]
     assert files(run) == []
 
