@@ -62,6 +62,7 @@ def test_on_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_all_go_on(killed(str(tmp_path / "runs"), tmp_path / "acknowledged"), 40)
 
 
+@pytest.mark.slow
 def test_on_s3(tmp_path: Path, s3: S3Options) -> None:
     runs = f"s3://bucket/{tmp_path.name}"
     assert_all_go_on(killed(runs, tmp_path / "acknowledged", s3.endpoint), 12)
