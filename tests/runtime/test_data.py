@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import numpy as np
 import pytest
 
 from clip_ray.config import ClusterConfig
 from clip_ray.data.blocks import Layout
 from clip_ray.errors import ClusterError
 from clip_ray.runtime.cluster import Share, deal_streams, spare_cpus
-from clip_ray.runtime.data import Deal, ranks_beside, segments
+from clip_ray.runtime.data import BatchStream, Deal, ranks_beside, segments
+from tests.runtime.support import wait_for
 
 
 def node(name: str, cpus: float, gpus: float = 0, store: float = 1e9, **labels: str) -> dict:
@@ -88,3 +96,35 @@ def test_what_cannot_be_dealt_is_refused():
     config = ClusterConfig(data_label="role=decode")
     with pytest.raises(ClusterError, match="with the label role=decode: none"):
         deal_streams(share(2, 90), config, [node("a", 96)])
+
+
+class Stalls(BatchStream):
+    """A stream that delivers a rank's first block, and the others when it is let go."""
+
+    let_go: threading.Event
+
+    def _iterator(self, number: int, deal: Deal) -> Any:
+        def blocks(**options: Any) -> Iterator[dict[str, Any]]:
+            for count, which in enumerate(deal.numbers(self._rank)):
+                assert count == 0 or self.let_go.wait(10), "never let go"
+                names = ("valid", "truncated", "shard", "place", "number")
+                block: dict[str, Any] = {name: np.zeros(4, np.int64) for name in names}
+                block |= {"pixels": np.zeros((4, 1, 1, 3), np.uint8)}
+                block |= {"ids": np.zeros((4, 1), np.int32), "bad": np.full(4, "", dtype=object)}
+                yield block | {"number": np.full(4, which)}
+
+        return SimpleNamespace(iter_batches=blocks)
+
+
+def test_a_stream_says_which_block_it_waits_for():
+    layout = Layout(world_size=2, rows=2, window=2, chunks=1)
+    Stalls.let_go = threading.Event()
+    stream = Stalls(MagicMock(), "s", MagicMock(), layout, 1, 0, 6, share(2, 1))
+    batches = iter(stream)
+    for _ in range(2):
+        next(batches)
+    wait_for(lambda: stream.awaited == 3, 10, "the second block of rank 1")
+    Stalls.let_go.set()
+    assert len(list(batches)) == 4
+    wait_for(lambda: stream.awaited is None, 10, "the end")
+    stream.close()
