@@ -23,7 +23,7 @@ from clip_ray.storage import open_store
 from clip_ray.train.checkpoint import Checkpoints
 from clip_ray.train.cost import held_s
 from clip_ray.train.journal import Row, lineage, read_journal
-from clip_ray.train.recovery import recoveries
+from clip_ray.train.recovery import recoveries, time_in_steps
 from clip_ray.train.rundir import Run
 from clip_ray.train.state import Progress, restore_weights
 
@@ -125,7 +125,6 @@ def summarize(
     events = list(read_journal(run.store, "events"))
     started = min((e["time"] for e in events if e["event"] == "attempt"), default=begun)
     ended = rows[-1]["time"] if rows else begun
-    useful = sum(row["step_s"] for row in line)
     # The first step of each attempt waits for Ray Data to start: it is in ettr, not in the speed.
     median_step = statistics.median(row["step_s"] for row in line) if line else 0.0
     hours = (held_s(run.store, [*rows, *events], begun) + time.time() - begun) / 3600
@@ -141,7 +140,7 @@ def summarize(
         "loss": progress.loss,
         "samples_per_s": config.train.global_batch / median_step if line else 0.0,
         "seconds": ended - started,
-        "ettr": min(1.0, useful / max(ended - started, 1e-9)),
+        "ettr": time_in_steps(rows, events),
         "cluster_hours": hours,
         "cost": None if price is None else price * hours,
         "attempts": sum(e["event"] == "attempt" for e in events),

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from clip_ray.errors import ClipRayError
+from clip_ray.errors import ClipRayError, StorageError
 from clip_ray.registry import register
 from clip_ray.tracking import TrackedRun, Tracker, source_version
 from clip_ray.train.checkpoint import Checkpoints
 from clip_ray.train.journal import Row, lineage, read_journal
+from clip_ray.train.recovery import as_metrics, recoveries, time_in_steps
 from clip_ray.train.rundir import Run
 
 RUN_ID_TIMEOUT_S = 10.0
@@ -67,12 +69,8 @@ def publish(run: Run, tracker: Tracker, summary: Row, say: Say) -> Row:
             if isinstance(value, int | float)
         }
         tracker.log_metrics(numbers, summary["steps"])
-    lost = {
-        f"recovery/{cause.replace(' ', '_')}_{unit}": float(value)
-        for cause, of in summary.get("recoveries", {}).items()
-        for unit, value in of.items()
-    }
-    tracker.log_metrics({"ettr": summary["ettr"], **lost}, summary["steps"])
+    faults = as_metrics(summary["ettr"], summary.get("recoveries", {}))
+    tracker.log_metrics(faults, summary["steps"])
     for file in run.store.child("figures").files():
         tracker.log_figure(run.store.read(f"figures/{file}"), f"figures/{file}")
     run_id = tracker.wait_run_id(RUN_ID_TIMEOUT_S)
@@ -87,6 +85,15 @@ def publish(run: Run, tracker: Tracker, summary: Row, say: Say) -> Row:
             say(f"! not registered: {error}")
     _write(run, summary)
     return summary
+
+
+def publish_faults(run: Run, tracker: Tracker) -> None:
+    """Send what faults have cost so far a run that has not reached its end."""
+    with contextlib.suppress(StorageError):
+        rows, events = (list(read_journal(run.store, name)) for name in ("metrics", "events"))
+        if rows:
+            faults = as_metrics(time_in_steps(rows, events), recoveries(rows, events))
+            tracker.log_metrics(faults, rows[-1]["step"])
 
 
 def close_tracker(run: Run, tracker: Tracker, status: str, summary: Row | None, say: Say) -> None:

@@ -40,6 +40,7 @@ from clip_ray.runtime.publish import (
     catch_up,
     close_tracker,
     publish,
+    publish_faults,
     start_tracker,
 )
 from clip_ray.runtime.recorder import Recorder, send_event
@@ -198,6 +199,8 @@ def _run_job(run: Run, share: Share, command: list[str], stop: Signals, say: Say
     finally:
         with contextlib.suppress(ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
             ray.get(recorder.close.remote(), timeout=60)
+        if summary is None:
+            publish_faults(run, tracker)
         close_tracker(run, tracker, status, summary, say)
 
 

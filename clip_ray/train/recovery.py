@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from clip_ray.train.journal import Row, lineage
 
@@ -49,3 +49,26 @@ def recoveries(metrics: Sequence[Row], events: Sequence[Row]) -> dict[str, dict[
         until = first["time"] - usual if first is not None else after["time"]
         one["seconds"] += max(until - last["time"], 0.0)
     return found
+
+
+def time_in_steps(metrics: Sequence[Row], events: Sequence[Row]) -> float:
+    """Return the effective training time ratio: the share of the time in steps that count.
+
+    The time is that from the first attempt's begin to the last step; 0 where there is no step.
+    """
+    if not metrics:
+        return 0.0
+    ended = metrics[-1]["time"]
+    started = min((e["time"] for e in events if e["event"] == "attempt"), default=ended)
+    useful = sum(row["step_s"] for row in lineage(metrics))
+    return min(1.0, useful / max(ended - started, 1e-9))
+
+
+def as_metrics(ettr: float, recovered: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Return what faults have cost as MLflow's metrics: `ettr`, `recovery/<cause>_<unit>`."""
+    lost = {
+        f"recovery/{cause.replace(' ', '_')}_{unit}": float(value)
+        for cause, of in recovered.items()
+        for unit, value in of.items()
+    }
+    return {"ettr": ettr, **lost}

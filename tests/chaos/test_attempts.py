@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mlflow
 import psutil
 import pytest
 
@@ -29,6 +30,10 @@ def test_a_worker_that_is_told_to_go_costs_no_step(jobs, undisturbed):
     summary = jobs.summary("told")
     assert summary["recomputed_steps"] == 0 and list(summary["recoveries"]) == ["preempted"]
     assert_same_end(run, undisturbed)
+    client = mlflow.MlflowClient(f"sqlite:///{jobs.storage}/mlflow.db")
+    (tracked,) = client.search_runs(["1"])
+    assert tracked.data.metrics["recovery/preempted_times"] == 1
+    assert tracked.data.metrics["ettr"] == pytest.approx(summary["ettr"])
 
 
 def test_a_controller_that_hangs_is_not_waited_for_for_ever(jobs, undisturbed):

@@ -57,7 +57,7 @@ def test_a_job_commits_and_ends_as_asked(head, jobs):
     assert f"! asked by {asker}: committing, then stopping" in output
     assert "mallory" not in output and list((run_dir / "requests").iterdir()) == []
     (run,) = mlflow.MlflowClient(f"sqlite:///{jobs.storage}/mlflow.db").search_runs(["1"])
-    assert run.info.status == "KILLED"
+    assert run.info.status == "KILLED" and 0 < run.data.metrics["ettr"] <= 1
 
     done = stop(head, str(run_dir), "--timeout", "3600")
     assert done.returncode == 1
