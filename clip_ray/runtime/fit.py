@@ -19,7 +19,7 @@ import ray
 import ray.train
 import ray.train.torch
 
-from clip_ray.errors import StorageError, TrainingError
+from clip_ray.errors import ClusterError, StorageError, TrainingError
 from clip_ray.runtime.cluster import (
     Share,
     deal_streams,
@@ -168,9 +168,15 @@ def _next_share(run: Run, share: Share, watch: Watch, stop: Signals) -> Share:
     if is_local(cluster):
         return share
     gpu = bool(share.worker_gpus)
-    found = wait_for_share(
-        cluster, gpu, cluster.rejoin_timeout_s, watch.note, lambda: _check(run, watch, stop)
-    )
+    wait_s = cluster.rejoin_timeout_s
+    try:
+        found = wait_for_share(cluster, gpu, wait_s, watch.note, lambda: _check(run, watch, stop))
+    except ClusterError as error:
+        raise ClusterError(
+            f"the workers that were lost were not replaced: {error}. Bring the nodes back and "
+            "start the run again, raise cluster.rejoin_timeout_s, or allow fewer with "
+            "cluster.num_workers [MIN, MAX]"
+        ) from error
     found = deal_streams(found, cluster, usable_nodes())
     if found.num_workers != share.num_workers:
         watch.note(f"{found.num_workers} workers in the place of {share.num_workers}")

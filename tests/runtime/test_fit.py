@@ -10,8 +10,9 @@ from unittest.mock import MagicMock
 import pytest
 
 from clip_ray.config import ClusterConfig
-from clip_ray.errors import StorageError, TrainingError
-from clip_ray.runtime import fit
+from clip_ray.errors import ClusterError, StorageError, TrainingError
+from clip_ray.runtime import cluster, fit
+from clip_ray.runtime.cluster import Share
 from clip_ray.runtime.signals import Signals
 from clip_ray.runtime.worker import Result
 from clip_ray.train.hooks import Outcome
@@ -37,8 +38,9 @@ class World:
         self.commits: list[str | Exception] = [""]
         self.sleeps: Callable[[], None] = lambda: None
         self.waited_s = 0.0
-        self.groups = 0
         self.stop = Signals()
+        self.share = Share(2, 1, 0, 1, threads=1)
+        self.shares: list[int] = []  # workers of each group
         self.run = SimpleNamespace(
             config=SimpleNamespace(cluster=ClusterConfig()),
             store=SimpleNamespace(uri="s3://bucket/run"),
@@ -51,7 +53,7 @@ class World:
         for name in ("ProgressLine", "Inbox"):
             monkeypatch.setattr(fit, name, MagicMock())
         monkeypatch.setattr(fit, "Watch", lambda *arguments: self.watch)
-        monkeypatch.setattr(fit, "_Group", lambda *arguments: self)
+        monkeypatch.setattr(fit, "_Group", self._group)
         monkeypatch.setattr(fit, "_newest_commit", self._newest)
         self.whole = False
         monkeypatch.setattr(fit, "_is_whole", lambda run: self.whole)
@@ -60,11 +62,18 @@ class World:
         monkeypatch.setattr(fit.time, "sleep", self._sleep)
 
     def fit(self) -> Result:
-        return fit.fit_run(self.run, MagicMock(), MagicMock(), MagicMock(), self.stop, 0)
+        return fit.fit_run(self.run, self.share, MagicMock(), MagicMock(), self.stop, 0)
+
+    def _group(self, run: Any, share: Share, *others: Any) -> World:
+        self.shares.append(share.num_workers)
+        return self
 
     def follow(self) -> Result | BaseException:
-        self.groups += 1
         return self.ends.pop(0)
+
+    @property
+    def groups(self) -> int:
+        return len(self.shares)
 
     @property
     def notes(self) -> list[str]:
@@ -148,3 +157,62 @@ def test_who_asks_for_the_end_does_not_wait_for_the_storage(world, how):
     found = world.fit()
     assert found.outcome is not None and found.outcome.reason == "stopped"
     assert world.waited_s == fit.POLL_S
+
+
+@pytest.fixture
+def nodes(world, monkeypatch) -> list[dict[str, Any]]:
+    """The nodes of a cluster that the run did not start; a CPU each for a worker, one for data."""
+    found = [
+        {"NodeID": name, "Alive": True, "Resources": {"CPU": cpus}, "Labels": {}}
+        for name, cpus in (("a", 2.0), ("b", 1.0))
+    ]
+
+    def free() -> dict[str, float]:
+        return {"CPU": sum(node["Resources"]["CPU"] for node in found), "GPU": 0.0}
+
+    world.run.config.cluster = ClusterConfig(
+        num_workers=2, cpus_per_worker=1, rejoin_timeout_s=30, address="somewhere:6379"
+    )
+    monkeypatch.setattr(cluster, "free_resources", free)
+    for module in (cluster, fit):
+        monkeypatch.setattr(module, "usable_nodes", lambda: found)
+    monkeypatch.setattr(cluster, "_has_room", lambda share: True)
+    monkeypatch.setattr(cluster, "request_resources", lambda bundles: None)
+    return found
+
+
+def test_a_fixed_number_of_workers_waits_for_a_node_that_comes_back(world, nodes):
+    lost = nodes.pop()
+
+    def back() -> None:
+        if world.waited_s == 20:
+            nodes.append(lost)
+
+    world.ends, world.commits, world.sleeps = [RuntimeError("lost"), FINISHED], ["a"], back
+    assert world.fit() is FINISHED
+    assert world.shares == [2, 2] and world.waited_s == 20
+    assert world.notes[0].startswith("waiting up to 30 s for room: asked: 2 workers x 1 CPU")
+
+
+def test_a_node_that_does_not_come_back_is_waited_for_as_long_as_was_said(world, nodes):
+    nodes.pop()
+    world.ends, world.commits = [RuntimeError("lost")], ["a"]
+    with pytest.raises(ClusterError) as found:
+        world.fit()
+    assert world.groups == 1 and world.waited_s == 30
+    for words in (
+        "the workers that were lost were not replaced: asked: 2 workers x 1 CPU",
+        "2 CPUs and 0 GPUs are free",
+        "(after 30 s)",
+        "cluster.rejoin_timeout_s",
+    ):
+        assert words in str(found.value)
+
+
+def test_a_range_goes_on_with_those_that_are_left(world, nodes):
+    world.run.config.cluster = world.run.config.cluster.model_copy(update={"num_workers": (1, 2)})
+    nodes.pop()
+    world.ends, world.commits = [RuntimeError("lost"), FINISHED], ["a"]
+    assert world.fit() is FINISHED
+    assert world.shares == [2, 1] and world.waited_s == 0
+    assert world.notes == ["1 workers in the place of 2"]
