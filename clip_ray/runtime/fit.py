@@ -31,7 +31,7 @@ from clip_ray.runtime.cluster import (
 )
 from clip_ray.runtime.preemption import WorkersConfig
 from clip_ray.runtime.progress import ProgressLine
-from clip_ray.runtime.pulse import Health, Overdue, Pulse, Stragglers, end_process, signal_process
+from clip_ray.runtime.pulse import Health, Overdue, Pulse, Stragglers, signal_process
 from clip_ray.runtime.recorder import send_event
 from clip_ray.runtime.room import Room
 from clip_ray.runtime.signals import Signals
@@ -104,6 +104,7 @@ def fit_run(
                 return Result(Outcome("stopped", Progress(0, run.plan.digest)))
     finally:
         stop.deferred = False
+        watch.close()
         inbox.close()
         line.close()
         recorder.training_ended.remote()
@@ -304,7 +305,7 @@ class _Group:
         hang = None if self._hung else self._health.judge(pulses)
         if hang is not None:
             self._hung = True  # the group ends: what was last heard of it says nothing more
-            self._watch.hang(hang, *end_process(hang.pulse))
+            self._watch.end_hung(hang)
         times = self._stragglers.compare(pulses)
         if times is not None:
             self._watch.compared(times)

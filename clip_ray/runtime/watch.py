@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from dataclasses import asdict
 from typing import Any
@@ -13,7 +14,7 @@ from clip_ray.data.blocks import Layout
 from clip_ray.errors import StorageError
 from clip_ray.runtime import stacks
 from clip_ray.runtime.progress import ProgressLine
-from clip_ray.runtime.pulse import STRAGGLES, Hang, Pulse
+from clip_ray.runtime.pulse import STRAGGLES, Hang, Pulse, end_process
 from clip_ray.runtime.recorder import send_event
 from clip_ray.tracking import Tracker
 from clip_ray.train.divergence import Diverged, Divergence, chance_loss
@@ -21,6 +22,7 @@ from clip_ray.train.journal import Row, read_journal
 from clip_ray.train.requests import Inbox
 from clip_ray.train.rundir import Run
 
+END_S = 40.0  # longer than a node is waited for
 NAMED, MANY = 3, 100  # shards of a block that is waited for, in a line and in an event
 
 
@@ -37,6 +39,7 @@ class Watch:
         self._write_s: float | None = None
         self._wishes = False
         self._step = 0
+        self._enders: list[threading.Thread] = []
         train = run.config.train
         self._divergence = Divergence(chance_loss(train.loss, train.global_batch))
         self.note = line.note
@@ -125,7 +128,22 @@ class Watch:
         """Journal an event of the driver's."""
         send_event(self._recorder, {"time": time.time(), "event": name, **fields})
 
-    def hang(self, hang: Hang, how: str, stack: str) -> None:
+    def end_hung(self, hang: Hang) -> None:
+        """Kill a worker that hangs, on a thread, and say so."""
+
+        def end(found: float) -> None:
+            self.hang(hang, found, *end_process(hang.pulse))
+
+        # A node that does not answer would hold the next group of workers up.
+        self._enders.append(threading.Thread(target=end, args=(time.time(),), daemon=True))
+        self._enders[-1].start()
+
+    def close(self) -> None:
+        """Wait, bounded, until all that was found is journaled."""
+        for thread in self._enders:
+            thread.join(timeout=END_S)
+
+    def hang(self, hang: Hang, found: float, how: str, stack: str) -> None:
         """Say which worker hung, and where; the event has the stacks of all its threads."""
         pulse = hang.pulse
         where = stacks.short(stack)
@@ -133,6 +151,7 @@ class Watch:
         self.note(f"{pulse.who} hangs: {hang.why}; {how}{was}")
         self.event(
             "hang",
+            time=found,
             rank=pulse.rank,
             host=pulse.host,
             pid=pulse.pid,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -121,15 +123,33 @@ def test_the_shards_of_a_block_are_those_that_its_rows_come_from(run, workers):
 
 def test_a_hang_is_said_in_short_and_journaled_in_full(made):
     stack = 'Thread 9 (idle): "TrainingThread(run_worker)"\n    wait (gloo.py:7)\n    f (x.py:1)\n'
-    made.watch.hang(Hang(PULSE, "in loss of step 10 for 9 s"), "killed", stack)
+    made.watch.hang(Hang(PULSE, "in loss of step 10 for 9 s"), 1000.0, "killed", stack)
     assert made.notes == [
         "rank 1 (process 101 on host-1) hangs: in loss of step 10 for 9 s; killed; it was in "
         "wait (gloo.py:7) < f (x.py:1)"
     ]
-    assert made.events[0]["stack"] == stack
-    made.watch.hang(Hang(PULSE, "in loss"), "killed", "no stack: not permitted")
+    assert made.events[0]["stack"] == stack and made.events[0]["time"] == 1000.0
+    made.watch.hang(Hang(PULSE, "in loss"), 1000.0, "killed", "no stack: not permitted")
     assert made.notes[1].endswith("hangs: in loss; killed")
     assert made.events[1]["stack"] == "no stack: not permitted"
+
+
+def test_a_node_that_does_not_answer_is_not_waited_for(made, monkeypatch):
+    answers = threading.Event()
+
+    def end(pulse: Pulse) -> tuple[str, str]:
+        assert answers.wait(60)
+        return "not reached", ""
+
+    monkeypatch.setattr(module, "end_process", end)
+    before = time.time()
+    made.watch.end_hung(Hang(PULSE, "not heard of for 9 s"))
+    assert made.events == []  # and here we are
+    after = time.time()
+    answers.set()
+    made.watch.close()
+    (event,) = made.events
+    assert event["ended"] == "not reached" and before <= event["time"] <= after
 
 
 @pytest.mark.parametrize(("left_s", "short"), [(None, False), (41, False), (39, True), (-5, True)])
