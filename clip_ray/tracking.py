@@ -42,6 +42,7 @@ from clip_ray.storage import Store
 
 STATE = "tracking.json"
 RUN_KEY = "clip_ray.run_key"
+RUN_DIR = "clip_ray.run_dir"
 
 MAX_METRICS = 1000  # of one log_batch; MLflow's limit
 MAX_PARAMS = 100  # likewise, and of tags

@@ -8,7 +8,9 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from clip_ray.config import S3Options  # noqa: E402
 from clip_ray.tracking import default_tracking_uri  # noqa: E402
+from clip_ray.train.abandoned import end_abandoned  # noqa: E402
 
 
 def main() -> int:
@@ -24,6 +26,10 @@ def main() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", options.port))
         port = probe.getsockname()[1]
+    try:
+        end_abandoned(default_tracking_uri(None, str(storage)), str(storage), S3Options())
+    except Exception as error:  # the page is of use without
+        print(f"warning: killed jobs may be shown as running: {error}", file=sys.stderr)
     # Without these the server starts eight more processes and phones home.
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"

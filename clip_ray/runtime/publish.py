@@ -10,7 +10,7 @@ from typing import Any
 
 from clip_ray.errors import ClipRayError, StorageError
 from clip_ray.registry import register
-from clip_ray.tracking import TrackedRun, Tracker, source_version
+from clip_ray.tracking import RUN_DIR, TrackedRun, Tracker, source_version
 from clip_ray.train.checkpoint import Checkpoints
 from clip_ray.train.journal import Row, lineage, read_journal
 from clip_ray.train.recovery import as_metrics, recoveries, time_in_steps
@@ -50,7 +50,7 @@ def start_tracker(
         on_event=on_event,
     )
     tracker.log_params(config.model_dump(mode="json"))
-    tracker.set_tags({"clip_ray.plan_digest": run.plan.digest, "clip_ray.run_dir": run.store.uri})
+    tracker.set_tags({"clip_ray.plan_digest": run.plan.digest, RUN_DIR: run.store.uri})
     tracker.log_dataset(config.run.name, f"{run.store.uri}/manifest.parquet", run.manifest.digest)
     return tracker
 

@@ -48,6 +48,7 @@ from clip_ray.runtime.signals import Signals, owned_signals
 from clip_ray.runtime.worker import Result
 from clip_ray.storage import LocalStore, Store, open_store
 from clip_ray.tracking import Tracker, default_tracking_uri
+from clip_ray.train.abandoned import end_abandoned_in_background
 from clip_ray.train.checkpoint import Checkpoints
 from clip_ray.train.initial import initial_weights
 from clip_ray.train.journal import Row, read_journal
@@ -173,6 +174,7 @@ def _run_job(run: Run, share: Share, command: list[str], stop: Signals, say: Say
         send_event(recorder, {"time": time.time(), "event": name, **details})
 
     tracker = start_tracker(run, flush, event)
+    end_abandoned_in_background(tracker.uri, run.config.run.storage, run.config.run.s3)
     status, summary = "FAILED", None
     try:
         begun = time.time()
