@@ -11,15 +11,14 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
-import numpy as np
-
 from clip_ray.config.schema import DataConfig
-from clip_ray.data.indexing import Job
-from clip_ray.data.manifest import Manifest, gather, read_notes
-from clip_ray.data.shards import Shard, ShardIndex
+from clip_ray.data.details import Spool
+from clip_ray.data.indexing import Entry, Job, read_notes
+from clip_ray.data.manifest import Manifest, gather
+from clip_ray.data.manifest_file import load_manifest, save_manifest
 from clip_ray.errors import DataError
 from clip_ray.storage import Store, open_store
 
@@ -29,7 +28,7 @@ BESIDE = "manifest.clip-ray"  # no suffix of a shard: it lies among shards
 PART_SHARDS = 256
 PART_S = 10.0  # seconds of work that a kill may cost
 
-Record = Callable[[Job, ShardIndex], None]
+Record = Callable[[Job, Entry], None]
 
 
 class Earlier:
@@ -67,35 +66,40 @@ class Earlier:
             settings = evidence.settings[entry["source"]]
             self._empty[entry["path"], version, entry["sidecar"], settings] = entry
 
-    def find(self, job: Job, settings: str) -> ShardIndex | None:
+    def find(self, job: Job, settings: str) -> Entry | None:
         """Return what an earlier index found in a shard; None where it must be scanned."""
         key = (*job.identity, settings)
+        entry: Entry | None = None
         if key in self._rows:
             manifest, row = self._rows[key]
-            self.kept += 1
-            return manifest.index(row)
-        if key in self._empty:
-            self.kept += 1
-            return _empty_index(self._empty[key])
-        return None
+            # Damaged, or replaced by another index meanwhile: a scan says the same.
+            with suppress(DataError, FileNotFoundError):
+                entry = manifest.entry(row)
+        elif key in self._empty:
+            entry = _empty_entry(self._empty[key])
+        self.kept += entry is not None
+        return entry
 
     @contextmanager
     def recording(self, settings: tuple[str, ...]) -> Iterator[Record]:
         """Yield a function that takes results; they are written in parts, the last one at exit."""
-        waiting: list[tuple[Job, ShardIndex]] = []
+        waiting: list[tuple[Job, Entry]] = []
         written = time.monotonic()
 
         def write() -> None:
             nonlocal written
             if waiting:
-                jobs, indexed = zip(*waiting, strict=True)
-                part = gather(jobs, indexed, [""] * len(settings), settings, {})
-                self._store.child(PARTS).write(f"{uuid.uuid4().hex}.parquet", part.to_bytes())
+                jobs, entries = zip(*waiting, strict=True)
+                spool = Spool()
+                for entry in entries:
+                    spool.add(entry.record)
+                part = gather(jobs, entries, spool.details(), [""] * len(settings), settings, {})
+                save_manifest(part, self._store.child(PARTS), f"{uuid.uuid4().hex}.parquet")
             waiting.clear()
             written = time.monotonic()
 
-        def record(job: Job, index: ShardIndex) -> None:
-            waiting.append((job, index))
+        def record(job: Job, entry: Entry) -> None:
+            waiting.append((job, entry))
             self.scanned += 1
             if len(waiting) >= PART_SHARDS or time.monotonic() - written >= self._part_s:
                 write()
@@ -117,11 +121,14 @@ def read_earlier(store: Store, data: DataConfig, say: Callable[[str], None]) -> 
     folders = dict.fromkeys(folder_of(source.path) for source in data.sources)
     places = [(open_store(folder, data.s3), BESIDE) for folder in folders]
     parts = store.child(PARTS)
-    places += [(store, MANIFEST), *((parts, name) for name in parts.files())]
+    places += [
+        (store, MANIFEST),
+        *((parts, name) for name in parts.files() if name.endswith(".parquet")),
+    ]
     manifests = []
     for place, name in places:
         try:
-            manifests.append(Manifest.from_bytes(place.read(name)))
+            manifests.append(load_manifest(place, name))
         except FileNotFoundError:
             continue
         except DataError as error:
@@ -137,7 +144,12 @@ def folder_of(path: str) -> str:
     return fixed.rpartition("/")[0]
 
 
-def _empty_index(entry: dict[str, Any]) -> ShardIndex:
-    none, none32 = np.zeros(0, np.int64), np.zeros(0, np.int32)
-    shard = Shard(entry["path"], entry["kind"], entry["size"], entry["version"], 0, none, none)
-    return ShardIndex(shard, none32, none32, **read_notes(entry["notes"]), sidecar=entry["sidecar"])
+def _empty_entry(entry: dict[str, Any]) -> Entry:
+    return Entry(
+        path=entry["path"],
+        kind=entry["kind"],
+        size=entry["size"],
+        version=entry["version"],
+        sidecar=entry["sidecar"],
+        **read_notes(entry["notes"]),
+    )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from clip_ray.config.schema import DataConfig, S3Options, SourceConfig
+from clip_ray.data.details import Lists
 from clip_ray.data.shards import IndexOptions, ShardIndex, identity, index_shard
 from clip_ray.errors import DataError
 from clip_ray.storage import FileInfo, expand, open_store, split_uri
@@ -56,11 +57,93 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Entry:
+    """What a manifest keeps of a shard: a `ShardIndex` whose lists are packed.
+
+    Attributes:
+        path: as in `Shard`, like the next five.
+        kind: "tar" or "parquet".
+        size: bytes.
+        version: ETag or modification time.
+        samples: number of valid samples.
+        keys: digest of their keys.
+        marks: number of offsets.
+        held: number of samples that are not trained on.
+        holdout: those of them that are for evaluation.
+        lists: `Lists.digest`.
+        record: `Lists.pack`.
+        skipped: as in `ShardIndex`, like the rest.
+        invalid_utf8: captions that are no valid UTF-8.
+        truncated: where the shard breaks off.
+        unknown_suffixes: members of no known suffix.
+        content: digest by which copies are told.
+        sidecar: size and version of the sidecar.
+    """
+
+    path: str
+    kind: str
+    size: int
+    version: str
+    samples: int = 0
+    keys: int = 0
+    marks: int = 0
+    held: int = 0
+    holdout: int = 0
+    lists: int = 0
+    record: bytes = b""
+    skipped: dict[str, int] = field(default_factory=dict)
+    invalid_utf8: int = 0
+    truncated: str = ""
+    unknown_suffixes: dict[str, int] = field(default_factory=dict)
+    content: int = 0
+    sidecar: str = ""
+
+    @classmethod
+    def of(cls, index: ShardIndex) -> Entry:
+        """Return what is kept of an index."""
+        shard, lists = index.shard, Lists.of(index)
+        return cls(
+            path=shard.path,
+            kind=shard.kind,
+            size=shard.size,
+            version=shard.version,
+            samples=shard.samples,
+            keys=shard.keys,
+            marks=len(lists.offsets),
+            held=len(lists.held),
+            holdout=len(lists.holdout),
+            lists=lists.digest(),
+            record=lists.pack(),
+            skipped=index.skipped,
+            invalid_utf8=index.invalid_utf8,
+            truncated=index.truncated,
+            unknown_suffixes=index.unknown_suffixes,
+            content=index.content,
+            sidecar=index.sidecar,
+        )
+
+    def notes(self) -> str:
+        """Return what was left out as JSON; empty where there is nothing to say."""
+        notes = {
+            "skipped": self.skipped,
+            "truncated": self.truncated,
+            "unknown_suffixes": self.unknown_suffixes,
+        }
+        present = {name: value for name, value in notes.items() if value}
+        return json.dumps(present) if present else ""
+
+
+def read_notes(notes: str) -> dict[str, Any]:
+    """Return the fields of an `Entry` that `Entry.notes` has written."""
+    return json.loads(notes) if notes else {}
+
+
+@dataclass(frozen=True)
 class Outcome:
     """A job's result, or its error as a value: a remote function would wrap what it raises."""
 
     number: int
-    index: ShardIndex | None = None
+    entry: Entry | None = None
     error: str = ""
 
 
@@ -73,7 +156,7 @@ def run_job(scopes: Sequence[Scope], job: Job) -> Outcome:
         return Outcome(job.number, error=str(error))
     except FileNotFoundError:
         return Outcome(job.number, error=f"shard {job.file.path}: vanished while it was indexed")
-    return Outcome(job.number, index)
+    return Outcome(job.number, Entry.of(index))
 
 
 def find_jobs(data: DataConfig) -> tuple[list[Job], tuple[Scope, ...], dict[str, Any]]:

@@ -8,30 +8,25 @@ every process of the node finds them. A tar that does not fit its sidecar is rem
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
 import os
-import tempfile
-import time
 import uuid
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from clip_ray.config.schema import S3Options
+from clip_ray.data.node import locked, shared_folder
 from clip_ray.data.samples import Ints, Suffixes, digest_keys
 from clip_ray.data.tar import STRIDE, scan_tar
 from clip_ray.errors import DataError
 from clip_ray.storage import ChangedError, FileInfo, Store, open_store, split_uri
 
 FORMAT = 1
-LOCK_S = 600.0  # a shard of 10 GB at 20 MB/s; who waited longer walks the shard itself
 _IN_MEMORY = 1024  # shards; 10 kB each at 10,000 samples
-_POLL_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -70,14 +65,14 @@ def find_offsets(tar: Tar, suffixes: Suffixes, s3: S3Options | None) -> Found:
         OSError: the store failed.
     """
     name = json.dumps([FORMAT, STRIDE, asdict(tar), asdict(suffixes)])
-    folder = _folder()
+    folder = shared_folder()
     if folder is None:
         return _walk(tar, suffixes, s3)
     path = folder / f"{hashlib.sha256(name.encode()).hexdigest()}.json"
     found = _load(path, tar)
     if found is not None:
         return found
-    with _locked(path.with_suffix(".lock")):
+    with locked(path.with_suffix(".lock")):
         found = _load(path, tar)
         if found is None:
             found = _walk(tar, suffixes, s3)
@@ -118,17 +113,6 @@ def _compare(tar: Tar, store: Store, name: str, suffixes: Suffixes) -> Found:
     return Found(scan.offsets)
 
 
-def _folder() -> Path | None:
-    """Return this user's directory for offsets; None where there can be none."""
-    folder = Path(tempfile.gettempdir()) / f"clip-ray-offsets-{os.getuid()}"
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        # In a directory that all may write to, the name may be somebody else's.
-        return folder if folder.stat().st_uid == os.getuid() else None
-    except OSError:
-        return None
-
-
 def _load(path: Path, tar: Tar) -> Found | None:
     try:
         content = json.loads(path.read_bytes())
@@ -155,24 +139,3 @@ def _save(path: Path, found: Found) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that this node's processes share; go on without it after LOCK_S."""
-    try:
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
-    except OSError:
-        yield
-        return
-    try:
-        deadline = time.monotonic() + LOCK_S
-        while time.monotonic() < deadline:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(_POLL_S)
-        yield
-    finally:
-        os.close(descriptor)

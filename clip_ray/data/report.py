@@ -179,7 +179,7 @@ def _spread(counts: Ints, total: int) -> Iterator[tuple[int, Ints]]:
 def _affordable(manifest: Manifest) -> Ints:
     """Return how many samples of each shard may be read: of those without offsets, a few shards."""
     counts = manifest.train_counts.copy()
-    without = np.flatnonzero(manifest.offsets.lengths == 0)
+    without = np.flatnonzero(manifest.marks == 0)
     few = np.linspace(0, len(without) - 1, min(_WALKED, len(without))).astype(np.int64)
     counts[np.delete(without, few)] = 0
     return counts

@@ -20,8 +20,7 @@ MAX_SAMPLES = 5000  # as in the usual retrieval sets; recall at k depends on the
 
 def read_pairs(manifest: Manifest, data: DataConfig, limit: int) -> list[Sample]:
     """Return at most `limit` held-out samples that decode, in the manifest's order."""
-    shards, ordinals = manifest.holdout_items()
-    shards, ordinals = shards[:limit], ordinals[:limit]
+    shards, ordinals = manifest.holdout_items(limit)
     pairs: list[Sample] = []
     for index in np.unique(shards):
         shard = manifest.shard(int(index))

@@ -73,7 +73,7 @@ def evaluate_model(
         jobs[uri if name in jobs else name] = task.remote(
             run.store.uri, run.config, device, uri, None
         )
-    if len(run.manifest.holdout_items()[0]):
+    if run.manifest.holdout.any():
         jobs["holdout"] = task.remote(
             run.store.uri, run.config, device, None, ray.put(run.manifest)
         )

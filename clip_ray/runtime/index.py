@@ -12,6 +12,7 @@ from tqdm import tqdm
 from clip_ray.config import DataConfig
 from clip_ray.data.earlier import BESIDE, Earlier, folder_of, read_earlier
 from clip_ray.data.manifest import Manifest, build_manifest
+from clip_ray.data.manifest_file import save_manifest
 from clip_ray.errors import ClipRayError, ClusterError, ConfigError
 from clip_ray.storage import Store, open_store
 
@@ -48,7 +49,7 @@ def index_data(data: DataConfig, store: Store, say: Callable[[str], None]) -> Ma
 
 
 def _summary(manifest: Manifest, earlier: Earlier) -> str:
-    held, by_sidecar = len(manifest.holdout_items()[0]), int((manifest.offsets.lengths == 0).sum())
+    held, by_sidecar = int(manifest.holdout.sum()), int((manifest.marks == 0).sum())
     parts = [
         f"indexed {len(manifest)} shards: {manifest.total} training samples, {held} held out",
     ]
@@ -71,7 +72,7 @@ def write_beside(data: DataConfig, manifest: Manifest) -> str:
     """
     store = open_store(folder_of(data.sources[0].path), data.s3)
     try:
-        store.write(BESIDE, manifest.to_bytes())
+        save_manifest(manifest, store, BESIDE)
     except OSError as error:
         raise ConfigError(
             f"{store.uri} cannot be written to ({error}); leave --beside out: the run's directory "

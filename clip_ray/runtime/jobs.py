@@ -33,7 +33,7 @@ def index_job(config: Config, wants_report: bool, beside: bool = False) -> None:
     local = Path(store.uri) if isinstance(store, LocalStore) else Path.cwd()
     with connected(config, wants_gpu=False, token_dir=local):
         manifest = index_data(config.data, store, print)
-    write_manifest(store, manifest, config)
+    manifest = write_manifest(store, manifest, config)
     print(f"manifest: {store.uri}/manifest.parquet (digest {manifest.digest[:12]})")
     if beside:
         print(f"beside the data: {write_beside(config.data, manifest)}")

@@ -22,6 +22,7 @@ from clip_ray.data.blocks import BlockReader, Layout
 from clip_ray.data.captions import training_captions
 from clip_ray.data.earlier import MANIFEST, PARTS
 from clip_ray.data.manifest import Manifest
+from clip_ray.data.manifest_file import load_manifest, save_manifest
 from clip_ray.data.plan import Plan, default_sizes
 from clip_ray.data.prepare import sparse_sources
 from clip_ray.errors import CheckpointError, ConfigError
@@ -152,8 +153,7 @@ def prepare(
     begun = bool(store.child("attempts").files())
     manifest = read_manifest(store) if begun or _is_indexed(store, config) else None
     if manifest is None:
-        manifest = build_manifest()
-        write_manifest(store, manifest, config)
+        manifest = write_manifest(store, build_manifest(), config)
     for line in sparse_sources(manifest):
         say(f"warning: {line}")
     if store.exists("tokenizer.json"):
@@ -176,16 +176,18 @@ def prepare(
 
 def read_manifest(store: Store) -> Manifest | None:
     """Return the run's manifest; None before it is built."""
-    if not store.exists(MANIFEST):
-        return None
-    return Manifest.from_bytes(store.read(MANIFEST))
+    return load_manifest(store, MANIFEST) if store.exists(MANIFEST) else None
 
 
-def write_manifest(store: Store, manifest: Manifest, config: Config) -> None:
-    """Write a run's manifest and the settings that it was built with; drop the index's parts."""
-    store.write(MANIFEST, manifest.to_bytes())
+def write_manifest(store: Store, manifest: Manifest, config: Config) -> Manifest:
+    """Write a run's manifest and the settings that it was built with; drop the index's parts.
+
+    Returns the manifest as it is read back: of what it was built from, nothing is needed.
+    """
+    saved = save_manifest(manifest, store, MANIFEST)
     store.write("manifest.json", _index_settings(config))
     store.delete(PARTS)
+    return saved
 
 
 def _index_settings(config: Config) -> bytes:

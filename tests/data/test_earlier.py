@@ -18,6 +18,7 @@ from clip_ray.config import DataConfig, SourceConfig
 from clip_ray.data import indexing
 from clip_ray.data.earlier import BESIDE, PARTS, Earlier, folder_of, read_earlier
 from clip_ray.data.manifest import Manifest, build_manifest
+from clip_ray.data.manifest_file import save_manifest, to_bytes
 from clip_ray.errors import DataError
 from clip_ray.storage import LocalStore
 from tests.data.shard_files import cut, images, pairs, write_parquet, write_tar
@@ -64,7 +65,7 @@ def index(data: DataConfig, store: LocalStore, said: list[str] | None = None) ->
     """Index as jobs/index.py does, without Ray."""
     earlier = read_earlier(store, data, (said if said is not None else []).append)
     manifest = build_manifest(data, earlier=earlier)
-    store.write("manifest.parquet", manifest.to_bytes())
+    manifest = save_manifest(manifest, store, "manifest.parquet")
     store.delete(PARTS)
     return manifest
 
@@ -78,7 +79,7 @@ def test_nothing_is_scanned_twice(folder: Path, store: LocalStore, scanned: list
     earlier = read_earlier(store, data, print)
     again = build_manifest(data, progress=lambda *now: calls.append(now), earlier=earlier)
     assert scanned == [] and calls == [(5, 5)] and (earlier.kept, earlier.scanned) == (5, 0)
-    assert again.to_bytes() == first.to_bytes()
+    assert to_bytes(again) == to_bytes(first)
 
 
 def test_new_and_changed_shards_alone_are_scanned(
@@ -92,7 +93,7 @@ def test_new_and_changed_shards_alone_are_scanned(
     scanned.clear()
     kept = index(data, store)
     assert scanned == ["00000a.tar", "00001.tar"]
-    assert kept.to_bytes() == build_manifest(data).to_bytes()
+    assert to_bytes(kept) == to_bytes(build_manifest(data))
     assert kept.samples.tolist() == [20, 5, 9]
 
 
@@ -118,7 +119,7 @@ def test_other_settings_scan_all_again(
     index(data, store)
     scanned.clear()
     other = change(data, tmp_path)
-    assert index(other, store).to_bytes() == build_manifest(other).to_bytes()
+    assert to_bytes(index(other, store)) == to_bytes(build_manifest(other))
     assert len(scanned) == 10  # by both
 
 
@@ -141,7 +142,7 @@ def test_weights_and_the_order_of_sources_scan_nothing_again(
     data = DataConfig(sources=turned, holdout=0.3)
     kept = index(data, store)
     assert scanned == []
-    assert kept.to_bytes() == build_manifest(data).to_bytes()
+    assert to_bytes(kept) == to_bytes(build_manifest(data))
 
 
 def test_a_truncated_shard_is_remembered_as_truncated(
@@ -152,7 +153,7 @@ def test_a_truncated_shard_is_remembered_as_truncated(
     scanned.clear()
     with pytest.raises(DataError, match="00000.tar: truncated after sample .* data.salvage"):
         index(config(folder), store)
-    assert index(config(folder, salvage=True), store).to_bytes() == salvaged.to_bytes()
+    assert to_bytes(index(config(folder, salvage=True), store)) == to_bytes(salvaged)
     assert scanned == []
 
 
@@ -161,9 +162,9 @@ def test_what_another_run_left_beside_the_data_is_used(
 ) -> None:
     data = config(folder)
     first = build_manifest(data)
-    LocalStore(folder).write(BESIDE, first.to_bytes())
+    save_manifest(first, LocalStore(folder), BESIDE)
     scanned.clear()
-    assert index(data, LocalStore(tmp_path / "other")).to_bytes() == first.to_bytes()
+    assert to_bytes(index(data, LocalStore(tmp_path / "other"))) == to_bytes(first)
     assert scanned == []
 
 
@@ -175,6 +176,24 @@ def test_an_unreadable_manifest_is_said_and_passed_over(
     index(config(folder), store, said)
     assert len(scanned) == 5
     assert len(said) == 1 and "run/manifest.parquet is of no use to this index: no man" in said[0]
+
+
+def test_details_that_are_gone_or_rotten_cost_a_scan(
+    folder: Path, store: LocalStore, scanned: list[str]
+) -> None:
+    data, said = config(folder), []
+    first = index(data, store)
+    details = store.root / first.details.name
+    whole = details.read_bytes()
+    scanned.clear()
+    details.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    assert to_bytes(index(data, store, said)) == to_bytes(first)
+    assert scanned == ["00000.tar"] and said == []
+    assert details.read_bytes() == whole
+    details.unlink()
+    assert to_bytes(index(data, store, said)) == to_bytes(first)
+    assert len(scanned) == 6 and "is missing or not whole" in said[0]
+    assert details.read_bytes() == whole
 
 
 def test_a_manifest_of_format_1_is_of_no_use_and_no_harm(folder: Path, store: LocalStore) -> None:
@@ -214,7 +233,7 @@ def test_a_killed_index_goes_on(folder: Path, store: LocalStore, scanned: list[s
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "here\n"
         process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL and len(store.child(PARTS).files()) == 2
+    assert process.returncode == -signal.SIGKILL and len(store.child(PARTS).files()) == 4
     data = config(folder)
     calls = []
     earlier = read_earlier(store, data, print)
@@ -222,7 +241,7 @@ def test_a_killed_index_goes_on(folder: Path, store: LocalStore, scanned: list[s
     assert sorted(scanned) == ["00002.tar", "p.parquet", "zero.tar"]
     assert calls == [(2, 5), (3, 5), (4, 5), (5, 5)]
     assert (earlier.kept, earlier.scanned) == (2, 3)
-    assert resumed.to_bytes() == build_manifest(data).to_bytes()
+    assert to_bytes(resumed) == to_bytes(build_manifest(data))
 
 
 def test_a_failed_index_keeps_what_it_found(
@@ -288,4 +307,4 @@ def test_any_history_gives_what_an_index_from_nothing_does(rounds: list[dict[str
                     members = [(f"{name}{number}{n}", d) for n, d in pairs(count)]
                     write_tar(path, [*members, ("x.txt", b"no image")])
             data = config(folder, holdout=0.1)
-            assert index(data, store).to_bytes() == build_manifest(data).to_bytes()
+            assert to_bytes(index(data, store)) == to_bytes(build_manifest(data))

@@ -12,20 +12,22 @@ import pyarrow.parquet as pq
 import pytest
 
 from clip_ray.config import DataConfig, S3Options, SourceConfig
-from clip_ray.data import manifest as manifests
+from clip_ray.data import manifest_file
 from clip_ray.data.indexing import Job, Outcome
 from clip_ray.data.manifest import Manifest, build_manifest, equals
+from clip_ray.data.manifest_file import load_manifest, save_manifest, to_bytes
 from clip_ray.data.plan import Plan
 from clip_ray.data.quarantine import BadSample, summarise
 from clip_ray.data.samples import skip
 from clip_ray.data.shards import Sample, fraction_of, read_ordinals
 from clip_ray.errors import ConfigError, DataError
-from clip_ray.storage import open_store
+from clip_ray.storage import LocalStore, open_store
 from tests.data.shard_files import cut, images, pairs, write_parquet, write_tar
 
 FORMAT_1_DIGEST = "d69a50a4b70695620b69111d06d5bb79eccffcc18af160e72f946366a9fab89b"
 FORMAT_1_OFFSETS = [0, 31232, 61952, 77824]  # the end in whole blocks: 77322 was written
 FORMAT_2_DIGEST = "272d99447f859fa6e20da0b269fc928d6cdebf24da4f714ecfff5847c09b52c2"
+FORMAT_3_DIGEST = "81be2e9c97a30f4163a8f1bb53124790a4fc528d323531593990014c6fad1811"
 
 
 def config(*paths: Path | str, **options: object) -> DataConfig:
@@ -34,7 +36,7 @@ def config(*paths: Path | str, **options: object) -> DataConfig:
 
 
 def same(a: Manifest, b: Manifest) -> bool:
-    return a.digest == b.digest and a.to_bytes() == b.to_bytes()
+    return a.digest == b.digest and to_bytes(a) == to_bytes(b)
 
 
 @pytest.fixture
@@ -71,11 +73,14 @@ def test_order_of_the_map_does_not_matter(folder: Path) -> None:
     assert same(build_manifest(data), build_manifest(data, backwards))
 
 
-def test_bytes_and_pickle_bring_it_back(folder: Path) -> None:
+def test_a_file_and_pickle_bring_it_back(folder: Path, tmp_path: Path) -> None:
     table = {"jpg": pa.array([*images(6), None]), "txt": pa.array(["x"] * 7)}
     write_parquet(folder / "p.parquet", table)
     built = build_manifest(config(folder, holdout=0.3))
-    for back in (Manifest.from_bytes(built.to_bytes()), pickle.loads(pickle.dumps(built))):
+    store = LocalStore(tmp_path / "run")
+    saved = save_manifest(built, store, "m.parquet")
+    loaded = load_manifest(store, "m.parquet")
+    for back in (saved, loaded, *(pickle.loads(pickle.dumps(m)) for m in (built, loaded))):
         assert same(back, built)
         assert back.by_source() == built.by_source() and back.skipped == built.skipped
         for number in range(len(built)):
@@ -89,7 +94,8 @@ def test_the_arrays_travel_out_of_band(folder: Path) -> None:
     buffers: list[pickle.PickleBuffer] = []
     built = build_manifest(config(folder))
     pickle.dumps(built, protocol=5, buffer_callback=buffers.append)
-    assert sum(b.raw().nbytes for b in buffers) >= built.offsets.values.nbytes + built.sizes.nbytes
+    details = int(built.details.lengths.sum())
+    assert sum(b.raw().nbytes for b in buffers) >= details + built.sizes.nbytes
 
 
 def test_train_ordinals_are_what_is_not_held() -> None:
@@ -234,29 +240,65 @@ def test_unknown_columns_are_an_error_of_the_shard(tmp_path: Path) -> None:
 
 
 def test_a_newer_or_foreign_or_damaged_file_is_refused(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    built = build_manifest(config(folder))
-    data = built.to_bytes()
-    for bad in (b"", b"nonsense", data[: len(data) // 2]):
+    store = LocalStore(tmp_path / "run")
+    built = save_manifest(build_manifest(config(folder)), store, "m")
+    data = store.read("m")
+    rotten = bytearray(data)
+    rotten[60] ^= 1  # in a page: its checksum tells
+    for bad in (b"", b"nonsense", data[: len(data) // 2], bytes(rotten)):
+        store.write("m", bad)
         with pytest.raises(DataError, match="no manifest, or a damaged one"):
-            Manifest.from_bytes(bad)
+            load_manifest(store, "m")
     table = pq.read_table(pa.BufferReader(data))
     sink = pa.BufferOutputStream()
     pq.write_table(table.slice(1), sink)
-    with pytest.raises(DataError, match="it is damaged: index again"):
-        Manifest.from_bytes(sink.getvalue().to_pybytes())
+    store.write("m", sink.getvalue().to_pybytes())
+    with pytest.raises(DataError, match="is damaged: index again"):
+        load_manifest(store, "m")
     with monkeypatch.context() as patch:
-        patch.setattr(manifests, "FORMAT", 3)
-        newer = build_manifest(config(folder)).to_bytes()
-    with pytest.raises(DataError, match="has format 3, this code reads up to 2"):
-        Manifest.from_bytes(newer)
+        patch.setattr(manifest_file, "FORMAT", 4)
+        save_manifest(built, store, "m")
+    with pytest.raises(DataError, match="has format 4, this code reads up to 3"):
+        load_manifest(store, "m")
+
+
+def test_details_that_are_gone_or_damaged_are_an_error(folder: Path, tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "run")
+    built = save_manifest(build_manifest(config(folder)), store, "m")
+    path = store.root / built.details.name
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert built.shard(0).samples == 20  # the other record
+    with pytest.raises(DataError, match=f"{built.details.name}: damaged at byte"):
+        load_manifest(store, "m").shard(1)
+    for left in (whole[:-1], None):
+        path.unlink() if left is None else path.write_bytes(left)
+        with pytest.raises(DataError, match=f"{built.details.name}.* is missing or not whole"):
+            load_manifest(store, "m")
+
+
+def test_a_manifest_that_is_written_again_leaves_one_file_of_details(
+    folder: Path, tmp_path: Path
+) -> None:
+    store = LocalStore(tmp_path / "run")
+    first = save_manifest(build_manifest(config(folder)), store, "m")
+    again = save_manifest(first, store, "m")
+    assert again.details.name == first.details.name
+    write_tar(folder / "00001.tar", pairs(8))
+    second = save_manifest(build_manifest(config(folder)), store, "m")
+    assert store.files() == sorted(["m", second.details.name])
+    assert second.details.name != first.details.name
+
+
+def older(number: int) -> Manifest:
+    # Written by the first version of each format; never to be regenerated.
+    return load_manifest(LocalStore(Path(__file__).parent), f"manifest-{number}.parquet")
 
 
 def test_format_1_is_read() -> None:
-    # Written by the first version of the code; never to be regenerated.
-    data = (Path(__file__).parent / "manifest-1.parquet").read_bytes()
-    built = Manifest.from_bytes(data)
+    built = older(1)
     assert built.train_counts.tolist() == [17, 6, 6] and built.total == 29
     assert built.digest == FORMAT_1_DIGEST
     assert built.skipped == {"empty-shard": 1, "missing-image": 2}
@@ -264,16 +306,30 @@ def test_format_1_is_read() -> None:
     assert built.shard(0).keys == 0
     assert built.shard(0).offsets.tolist() == FORMAT_1_OFFSETS
     assert built.shard(2).offsets.tolist() == [0, 4, 7]
+    assert len(built.holdout_items()[0]) == built.holdout.sum() == 4
 
 
 def test_format_2_is_read() -> None:
-    # Written by the first version of format 2; never to be regenerated.
-    data = (Path(__file__).parent / "manifest-2.parquet").read_bytes()
-    built = Manifest.from_bytes(data)
+    built = older(2)
     assert built.train_counts.tolist() == [17, 6, 6] and built.total == 29
     assert built.digest == FORMAT_2_DIGEST
-    assert built.index(1).skipped == {"missing-image": 1}
+    assert built.entry(1).skipped == {"missing-image": 1}
+    assert built.evidence is not None
     assert [entry["path"] for entry in built.evidence.empty] == ["/tmp/set2/00002.tar"]
+    assert pickle.loads(pickle.dumps(built)).digest == FORMAT_2_DIGEST
+
+
+def test_format_3_is_read() -> None:
+    built = older(3)
+    assert built.train_counts.tolist() == [17, 6, 6] and built.total == 29
+    assert built.digest == FORMAT_3_DIGEST
+    assert built.entry(1).skipped == {"missing-image": 1}
+    # Of the same shards as format 2, with an offset every 2 samples in the place of 8.
+    *starts, end = built.shard(0).offsets.tolist()
+    assert [*starts[::4], -(-end // 512) * 512] == older(2).shard(0).offsets.tolist()
+    assert [a.tolist() for a in built.holdout_items()] == [
+        a.tolist() for a in older(2).holdout_items()
+    ]
 
 
 def test_sources_on_s3_and_key_lists_there(folder: Path, s3: S3Options) -> None:

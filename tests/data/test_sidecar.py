@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +13,12 @@ import pyarrow as pa
 import pytest
 
 from clip_ray.config import DataConfig, S3Options, SourceConfig
-from clip_ray.data import offsets
+from clip_ray.data import node, offsets
+from clip_ray.data.details import unpack
 from clip_ray.data.earlier import read_earlier
 from clip_ray.data.manifest import Manifest, build_manifest
+from clip_ray.data.manifest_file import load_manifest, save_manifest
+from clip_ray.data.node import shared_folder
 from clip_ray.data.report import report
 from clip_ray.data.shards import BadSample, Sample, read_ordinals, read_samples
 from clip_ray.data.sidecar import scan_sidecar
@@ -60,11 +66,11 @@ def store(s3: S3Options, tmp_path: Path) -> Store:
 
 
 @pytest.fixture(autouse=True)
-def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def node_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A temporary directory of the test's own, and nothing in the process's memory."""
     path = tmp_path / "node"
     path.mkdir()
-    monkeypatch.setattr(offsets.tempfile, "gettempdir", lambda: str(path))
+    monkeypatch.setattr(node.tempfile, "gettempdir", lambda: str(path))
     offsets.find_offsets.cache_clear()
     yield path
     offsets.find_offsets.cache_clear()
@@ -117,15 +123,17 @@ def test_a_sidecar_gives_what_the_tar_would(
     data = config(store.uri + form, s3, caption=caption)
     built = build_manifest(data)
     assert fetched["tar"] <= 2 * (1024 + 4096)
-    assert built.offsets.lengths.tolist() == [0, 0] and built.samples.tolist() == [46, 46]
+    assert built.marks.tolist() == [0, 0] and built.samples.tolist() == [46, 46]
     local = LocalStore(tmp_path / "local")
     for name in ("00000.tar", "00001.tar"):
         local.write(name, store.read(name))
     here = config(str(local.root), s3, caption=caption)
     walked = build_manifest(here)
-    assert walked.offsets.lengths.tolist() == [24, 24]
-    for ours, theirs in ((built.held, walked.held), (built.holdout, walked.holdout)):
-        assert ours.values.tolist() == theirs.values.tolist()
+    assert walked.marks.tolist() == [24, 24]
+    for row in range(2):
+        ours, theirs = built.details[row], walked.details[row]
+        assert ours.held.tolist() == theirs.held.tolist() != []
+        assert ours.holdout.tolist() == theirs.holdout.tolist()
     assert built.skipped == walked.skipped and built.keys.tolist() == walked.keys.tolist()
     found = everything(built, data)
     assert found == everything(walked, here)
@@ -133,7 +141,7 @@ def test_a_sidecar_gives_what_the_tar_would(
 
 
 def test_a_tar_is_walked_once_a_node(
-    store: Store, s3: S3Options, tmp_path: Path, fetched: dict[str, int], node: Path
+    store: Store, s3: S3Options, tmp_path: Path, fetched: dict[str, int], node_folder: Path
 ) -> None:
     put(store, tmp_path, "00000", ROWS)
     data = config(store.uri, s3)
@@ -148,7 +156,7 @@ def test_a_tar_is_walked_once_a_node(
     offsets.find_offsets.cache_clear()  # another process of the node
     assert read_ordinals(shard, data.sources[0], s3, picked) == expected
     assert fetched["tar"] == 2 * by_range
-    (file,) = node.rglob("*.json")
+    (file,) = node_folder.rglob("*.json")
     for damaged in ("{", '{"offsets": [0, 1], "problem": ""}', '{"offsets": "x", "problem": ""}'):
         file.write_text(damaged)
         offsets.find_offsets.cache_clear()
@@ -158,18 +166,76 @@ def test_a_tar_is_walked_once_a_node(
 
 
 def test_without_a_temporary_directory_the_process_remembers(
-    store: Store, s3: S3Options, tmp_path: Path, fetched: dict[str, int], node: Path
+    store: Store, s3: S3Options, tmp_path: Path, fetched: dict[str, int], node_folder: Path
 ) -> None:
     put(store, tmp_path, "00000", ROWS)
-    node.rmdir()
-    node.touch()
     data = config(store.uri, s3)
     shard = build_manifest(data).shard(0)
+    node_folder.rmdir()
+    node_folder.touch()
     first = read_samples(shard, data.sources[0], s3, 0, 46)
     assert all(isinstance(sample, Sample) for sample in first)
     fetched["tar"] = 0
     assert read_samples(shard, data.sources[0], s3, 0, 46) == first
     assert fetched["tar"] <= shard.size
+
+
+def test_details_on_s3_are_copied_once_a_node(
+    store: Store, s3: S3Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node_folder: Path
+) -> None:
+    put(store, tmp_path, "00000", ROWS)
+    put(store, tmp_path, "00001", [(f"b{key}", *rest) for key, *rest in ROWS])
+    data = config(store.uri, s3).model_copy(update={"sidecars": False})
+    built = build_manifest(data)
+    run = store.child("run")
+    saved = save_manifest(built, run, "manifest.parquet")
+    asked: list[str] = []
+    for name in ("read", "download"):
+        plain = getattr(S3Store, name)
+
+        def counted(self, file, *rest, name=name, plain=plain):
+            asked.append(f"{name} {file.rpartition('.')[2]}")
+            return plain(self, file, *rest)
+
+        monkeypatch.setattr(S3Store, name, counted)
+    assert everything(saved, data) == everything(built, data)
+    loaded = pickle.loads(pickle.dumps(load_manifest(run, "manifest.parquet")))  # another process
+    for row in (1, 0):
+        assert loaded.shard(row).offsets.tolist() == built.shard(row).offsets.tolist()
+    assert [a for a in asked if "details" in a] == ["download details"]
+    # A copy that is damaged or gone is no copy; without room for one, each record is a request.
+    (copy,) = node_folder.rglob("*.details")
+    copy.write_bytes(bytes(copy.stat().st_size))
+    assert loaded.shard(0).offsets.tolist() == built.shard(0).offsets.tolist()
+    assert asked[-1] == "read details"
+    copy.unlink()
+    copy.with_suffix(".lock").unlink()
+    node_folder.joinpath(copy.parent.name).rmdir()
+    node_folder.rmdir()
+    node_folder.touch()
+    unpack.cache_clear()
+    assert loaded.shard(1).offsets.tolist() == built.shard(1).offsets.tolist()
+    assert asked[-1] == "read details" and asked.count("download details") == 1
+    run.delete(saved.details.name)
+    with pytest.raises(DataError, match="is missing or not whole"):
+        load_manifest(run, "manifest.parquet")
+
+
+def test_a_copy_that_nobody_reads_goes_when_the_next_one_comes(
+    store: Store, s3: S3Options, tmp_path: Path, node_folder: Path
+) -> None:
+    put(store, tmp_path, "00000", ROWS)
+    data = config(store.uri, s3)
+    saved = save_manifest(build_manifest(data), store.child("run"), "manifest.parquet")
+    folder = shared_folder()
+    assert folder is not None
+    for name, age_s in (("old", 8 * 86400), ("used", 6 * 86400)):
+        (folder / f"{name}.details").touch()
+        then = time.time() - age_s
+        os.utime(folder / f"{name}.details", (then, then))
+    saved.shard(0)
+    names = sorted(path.name for path in folder.glob("*.details"))
+    assert names == sorted([saved.details.name, "used.details"])
 
 
 @pytest.mark.parametrize("other", ["fewer", "keys", "caption", "members-apart"])
@@ -213,9 +279,9 @@ def test_a_table_that_does_not_say_enough_is_no_sidecar(
     rest = {"key": pa.array(["x"]), "status": pa.array(["success"]), "caption": pa.array(["y"])}
     del rest[column]
     store.write("00000.parquet", write_parquet(tmp_path / "x.parquet", rest).read_bytes())
-    assert build_manifest(config(store.uri, s3)).offsets.lengths.tolist() == [24]
+    assert build_manifest(config(store.uri, s3)).marks.tolist() == [24]
     store.write("00000.parquet", b"no Parquet file")
-    assert build_manifest(config(store.uri, s3)).offsets.lengths.tolist() == [24]
+    assert build_manifest(config(store.uri, s3)).marks.tolist() == [24]
 
 
 @pytest.mark.parametrize("source", [{"image": "jpeg"}, {"caption": "json"}, {"caption": "cap"}])
@@ -234,7 +300,7 @@ def test_a_tar_that_begins_or_ends_otherwise_is_scanned(
     put(store, tmp_path, "00000", ROWS, foreign)
     data = config(store.uri, s3)
     built = build_manifest(data)
-    assert built.offsets.lengths.tolist() == [24]
+    assert built.marks.tolist() == [24]
     assert read_samples(built.shard(0), data.sources[0], s3, 0, 1)[0].key == "other"
     put(store, tmp_path, "00000", ROWS)
     store.write("00000.tar", cut(tmp_path / "00000.tar", 20_000).read_bytes())
@@ -247,7 +313,7 @@ def test_sidecars_can_be_left_aside(
 ) -> None:
     put(store, tmp_path, "00000", ROWS)
     data = config(store.uri, s3).model_copy(update={"sidecars": False})
-    assert build_manifest(data).offsets.lengths.tolist() == [24]
+    assert build_manifest(data).marks.tolist() == [24]
     assert fetched["parquet"] == 0 < fetched["tar"]
 
 
@@ -273,14 +339,14 @@ def test_a_changed_sidecar_is_read_again(
 ) -> None:
     put(store, tmp_path, "00000", ROWS)
     run, data = LocalStore(tmp_path / "run"), config(store.uri, s3)
-    run.write("manifest.parquet", build_manifest(data).to_bytes())
+    save_manifest(build_manifest(data), run, "manifest.parquet")
     fetched["parquet"] = 0
     earlier = read_earlier(run, data, print)
     build_manifest(data, earlier=earlier)
     assert (earlier.kept, fetched) == (1, {"tar": fetched["tar"], "parquet": 0})
     store.delete("00000.parquet")
     earlier = read_earlier(run, data, print)
-    assert build_manifest(data, earlier=earlier).offsets.lengths.tolist() == [24]
+    assert build_manifest(data, earlier=earlier).marks.tolist() == [24]
     assert (earlier.kept, earlier.scanned) == (0, 1)
 
 

@@ -12,6 +12,7 @@ import pytest
 from clip_ray.config import DataConfig, SourceConfig
 from clip_ray.data.earlier import BESIDE
 from clip_ray.data.manifest import build_manifest
+from clip_ray.data.manifest_file import save_manifest, to_bytes
 from clip_ray.errors import ConfigError
 from clip_ray.runtime import index
 from clip_ray.runtime.index import index_data, write_beside
@@ -44,7 +45,7 @@ def test_the_bar_and_the_line_count_what_was_kept(here, tmp_path, capsys):
     first = index_data(config(tmp_path / "set"), store, said.append)
     assert "9/9" in capsys.readouterr().err
     assert said == ["indexed 9 shards: 27 training samples, 0 held out"]
-    store.write("manifest.parquet", first.to_bytes())
+    save_manifest(first, store, "manifest.parquet")
     shards(tmp_path / "set", range(9, 20))
     index_data(config(tmp_path / "set"), store, said.append)
     bar = capsys.readouterr().err
@@ -99,5 +100,5 @@ def test_another_run_scans_new_shards_alone(head, tmp_path):
     assert "12/12" in done.stderr
     written = (tmp_path / "runs/new/manifest.parquet").read_bytes()
     assert written == (tmp_path / "set" / BESIDE).read_bytes()
-    assert written == build_manifest(data).to_bytes()
+    assert written == to_bytes(build_manifest(data))
     assert not (tmp_path / "runs/new/index").exists()
