@@ -32,6 +32,7 @@ from clip_ray.eval.zero_shot import ensemble
 from clip_ray.images import ImageError, measure
 from clip_ray.inference import Encoder
 from clip_ray.registry import ServedModel, Target, load_served
+from serve import tracing
 from serve.admission import Budget
 from serve.caches import MatrixCache, TextCache, prompts_digest
 from serve.errors import ApiError
@@ -299,10 +300,11 @@ class Engine:
         async with self._input_budget.reserve(min(math.prod(shape), self._input_budget.total)):
             pixels_NCHW = np.empty(shape, np.uint8)
             start = time.perf_counter()
-            if len(images) == 1:
-                pixels_NCHW[0] = await self._decode(encoder, images[0], params[0])
-            else:
-                await self._decode_all(encoder, images, params, pixels_NCHW)
+            with tracing.spanning("decode", items=len(images), bytes=sum(map(len, images))):
+                if len(images) == 1:
+                    pixels_NCHW[0] = await self._decode(encoder, images[0], params[0])
+                else:
+                    await self._decode_all(encoder, images, params, pixels_NCHW)
             self.metrics.stage("decode", 1000 * (time.perf_counter() - start))
             return await self.workers.encode_pixels(encoder, pixels_NCHW)
 

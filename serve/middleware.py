@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clip_ray.config.serving import AppSettings
 from clip_ray.keys import Key, KeyRing, RateLimiter
+from serve import tracing
 from serve.admission import Budget, Reservation
 from serve.errors import ApiError
 from serve.metrics import Metrics
@@ -79,6 +80,7 @@ class Exchange:
         items: texts and images of the request.
         status: of the answer, 0 until it begins.
         is_gone: the client has left.
+        trace: id of the trace that it belongs to; "" where it is not traced.
     """
 
     id: str
@@ -92,6 +94,7 @@ class Exchange:
     items: int = 0
     status: int = 0
     is_gone: bool = False
+    trace: str = ""
 
     @property
     def namespace(self) -> str:
@@ -123,7 +126,7 @@ class Edge:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        exchange = Exchange(_request_id(scope), *route_of(scope))
+        exchange = Exchange(_request_id(scope), *route_of(scope), trace=tracing.trace_id())
         scope[EXCHANGE] = exchange
 
         async def answer(message: Message) -> None:
@@ -170,6 +173,8 @@ class Edge:
         added = [*headers, *(pair for pair in _SECURITY if pair[0] not in own)]
         if self.echo_id:
             added.append((b"x-request-id", exchange.id.encode()))
+        if exchange.trace:
+            added.append((b"x-trace-id", exchange.trace.encode()))
         if exchange.loaded is not None:
             added += _provenance(exchange.loaded)
         return added
@@ -191,6 +196,8 @@ class Edge:
             "version": None if exchange.loaded is None else exchange.loaded.id,
             "ms": round(ms, 1),
         }
+        if exchange.trace:
+            line["trace"] = exchange.trace
         access_log.info(json.dumps(line))
 
 

@@ -17,15 +17,18 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from opentelemetry.trace import Span
 from ray import serve
 
 from clip_ray.config.serving import Batching
 from clip_ray.inference import Encoder
+from serve import tracing
 from serve.metrics import Metrics
 
 Floats = NDArray[np.float32]
 T = TypeVar("T")
-Item = tuple[Encoder, NDArray[Any]]  # one row
+Owner = Span | None  # of a request that is traced; its passes are recorded below
+Item = tuple[Encoder, NDArray[Any], Owner]  # one row
 
 PASS_S = 0.04  # a forward pass of bulk work; others wait for one of them at most
 _IMAGE, _TEXT = "image", "text"
@@ -90,14 +93,21 @@ class Workers:
         return await self._encode(encoder, _TEXT, ids_NL)
 
     async def _encode(self, encoder: Encoder, kind: str, rows: NDArray[Any]) -> Floats:
+        # From the wait for others to the last pass.
+        with tracing.spanning("encode", kind=kind, items=len(rows)) as owner:
+            return await self._rows_of_one(encoder, kind, rows, owner)
+
+    async def _rows_of_one(
+        self, encoder: Encoder, kind: str, rows: NDArray[Any], owner: Owner
+    ) -> Floats:
         if len(rows) > self._limit[kind] // 2:
-            return await self._in_passes(encoder, kind, rows)
+            return await self._in_passes(encoder, kind, rows, [owner] * len(rows))
         shared = self._shared[kind]
         # An item each: the batcher fills passes from all requests.
         if len(rows) == 1:
-            results = [await shared((encoder, rows[0]))]
+            results = [await shared((encoder, rows[0], owner))]
         else:
-            results = await asyncio.gather(*(shared((encoder, row)) for row in rows))
+            results = await asyncio.gather(*(shared((encoder, row, owner)) for row in rows))
         for result in results:
             if isinstance(result, BaseException):
                 raise result
@@ -125,13 +135,16 @@ class Workers:
         """Return a feature, or the error of its pass, per item; each model has its own pass."""
         results: list[Any] = [None] * len(items)
         groups: dict[int, list[int]] = {}
-        for index, (encoder, _) in enumerate(items):
+        for index, (encoder, _, _) in enumerate(items):
             groups.setdefault(id(encoder), []).append(index)
         for members in groups.values():
             encoder = items[members[0]][0]
             try:
                 features = await self._in_passes(
-                    encoder, kind, np.stack([items[index][1] for index in members])
+                    encoder,
+                    kind,
+                    np.stack([items[index][1] for index in members]),
+                    [items[index][2] for index in members],
                 )
             except Exception as error:  # it belongs to these requests only
                 for index in members:
@@ -141,10 +154,12 @@ class Workers:
                     results[index] = row
         return results
 
-    async def _in_passes(self, encoder: Encoder, kind: str, rows: NDArray[Any]) -> Floats:
+    async def _in_passes(
+        self, encoder: Encoder, kind: str, rows: NDArray[Any], owners: Sequence[Owner]
+    ) -> Floats:
         """Encode rows in passes of about PASS_S, so that no request keeps the model for long."""
         if len(rows) <= self._pass_size(encoder, kind, rows):
-            return await self._one_pass(encoder, kind, rows)
+            return await self._one_pass(encoder, kind, rows, owners)
         parts: list[Floats] = []
         done = 0
         while done < len(rows):
@@ -152,7 +167,8 @@ class Workers:
             async with self._bulk:
                 # Anew each time: each pass teaches what the next may cost.
                 chunk = rows[done : done + self._pass_size(encoder, kind, rows)]
-                parts.append(await self._one_pass(encoder, kind, chunk))
+                theirs = owners[done : done + len(chunk)]
+                parts.append(await self._one_pass(encoder, kind, chunk, theirs))
             done += len(chunk)
         return np.concatenate(parts)
 
@@ -164,13 +180,18 @@ class Workers:
             cost *= _length(rows)
         return max(1, min(self._limit[kind], int(PASS_S / cost)))
 
-    async def _one_pass(self, encoder: Encoder, kind: str, rows: NDArray[Any]) -> Floats:
-        def run() -> tuple[Floats, float]:
-            start = time.perf_counter()
+    async def _one_pass(
+        self, encoder: Encoder, kind: str, rows: NDArray[Any], owners: Sequence[Owner]
+    ) -> Floats:
+        def run() -> tuple[Floats, float, int]:
+            begun_ns, start = time.time_ns(), time.perf_counter()
             features = encoder.encode_pixels(rows) if kind == _IMAGE else encoder.encode_ids(rows)
-            return features, time.perf_counter() - start
+            return features, time.perf_counter() - start, begun_ns
 
-        features, seconds = await asyncio.get_running_loop().run_in_executor(self._model, run)
+        features, seconds, begun_ns = await asyncio.get_running_loop().run_in_executor(
+            self._model, run
+        )
+        tracing.record_pass(kind, owners, begun_ns, begun_ns + int(1e9 * seconds))
         self._metrics.batch(kind, len(rows))
         self._metrics.stage("model", 1000 * seconds)
         work = len(rows) * (_length(rows) if kind == _TEXT else 1)
@@ -190,9 +211,10 @@ class Workers:
         ids_1L, _ = encoder.tokenizer(["a photo of a cat."])
         for count in (1, 1, 4, 16):
             pixels = generator.integers(0, 256, (count, 3, size, size), np.uint8)
+            owners = [None] * count
             for features in (
-                await self._in_passes(encoder, _IMAGE, pixels),
-                await self._in_passes(encoder, _TEXT, np.repeat(ids_1L, count, axis=0)),
+                await self._in_passes(encoder, _IMAGE, pixels, owners),
+                await self._in_passes(encoder, _TEXT, np.repeat(ids_1L, count, axis=0), owners),
             ):
                 norms = np.linalg.norm(features, axis=1)
                 if not np.allclose(norms, 1, atol=1e-3):  # NaN is close to nothing
@@ -201,7 +223,7 @@ class Workers:
     async def probe(self, encoder: Encoder) -> None:
         """Encode the shortest text; raises what the model raises."""
         ids_1L, _ = encoder.tokenizer([""])
-        await self._one_pass(encoder, _TEXT, ids_1L)
+        await self._one_pass(encoder, _TEXT, ids_1L, [None])
 
 
 def _length(ids_NL: NDArray[np.int32]) -> int:

@@ -59,6 +59,30 @@ class Batching(Section):
     wait_ms: float = Field(2, ge=0, description="milliseconds that the first item waits for others")
 
 
+class Tracing(Section):
+    """Spans of requests by OpenTelemetry, through Ray Serve."""
+
+    enabled: bool = Field(False, description="trace requests; what runs must be started anew")
+    exporter: str = Field(
+        "",
+        pattern=r"^([\w.]+[.:]\w+)?$",
+        description="import path of a function that returns span processors; "
+        "clip_ray.runtime.tracing:otlp sends them by OTLP over HTTP; empty = files in Ray's logs",
+    )
+    sampling_ratio: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="share of the requests that are traced; a caller's traceparent decides for its",
+    )
+
+    @model_validator(mode="after")
+    def _used(self) -> Tracing:
+        if not self.enabled and self.exporter:
+            raise ValueError("exporter is set and enabled is not: nothing would be exported")
+        return self
+
+
 class AppSettings(Section):
     """What a replica needs; a change restarts the replicas."""
 
@@ -143,6 +167,7 @@ class ServeConfig(AppSettings):
         description="profile cluster: URI of a zip with this repository; none = the image has it",
     )
     start_timeout_s: PositiveInt = Field(180, description="seconds in which all must be serving")
+    tracing: Tracing = Field(Tracing(), description="spans of requests")
 
     @model_validator(mode="after")
     def _rules(self) -> ServeConfig:

@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # Beyond our own deadline, at which the app answers 408 as JSON; Serve's is its net.
 SPARE_S = 10
 PLACEHOLDER = "0" * 64
+# Serve's own exporter of spans, which writes files: in the environment it has to be named.
+FILES = "ray.serve._private.tracing_utils:default_tracing_exporter"
 
 
 def located(config: ServeConfig) -> ServeConfig:
@@ -46,11 +48,23 @@ def declaration(
         import_path: the application's builder.
     """
     options: dict[str, Any] = {"host": config.host, "port": config.port}
+    traced = {"tracing_config": tracing_config(config)} if config.tracing.enabled else {}
     return {
         # On one machine there is one proxy; in a cluster a load balancer is before them all.
         "proxy_location": "EveryNode" if config.profile == "cluster" else "HeadOnly",
         "http_options": options | {"request_timeout_s": config.limits.request_s + SPARE_S},
+        **traced,
         "applications": [application(config, target, import_path)],
+    }
+
+
+def tracing_config(config: ServeConfig) -> dict[str, Any]:
+    """Return what Serve is told of tracing."""
+    tracing = config.tracing
+    return {
+        "enabled": tracing.enabled,
+        "exporter_import_path": tracing.exporter,
+        "sampling_ratio": tracing.sampling_ratio,
     }
 
 
@@ -132,6 +146,18 @@ def haproxy_environment(settings: AppSettings) -> dict[str, str]:
     }
 
 
+def node_environment(config: ServeConfig) -> dict[str, str]:
+    """Return what every node's environment must hold before Ray starts there."""
+    environment = {} if config.profile == "local" else haproxy_environment(config)
+    if config.tracing.enabled:
+        # Serve 2.60 hands `tracing_config` to replicas alone; its Python proxies look here.
+        environment |= {
+            "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": config.tracing.exporter or FILES,
+            "RAY_SERVE_TRACING_SAMPLING_RATIO": str(config.tracing.sampling_ratio),
+        }
+    return environment
+
+
 def placeholder(config: ServeConfig, name: str) -> Target:
     """Return a target that names no model yet, for a declarative config without one."""
     uri = f"{config.model_store}/{PLACEHOLDER}"
@@ -154,10 +180,10 @@ def as_yaml(declared: dict[str, Any], config: ServeConfig, flag: str = "") -> st
             "# Printing stored nothing: jobs/deploy.py or jobs/promote.py puts the model into the",
             "# model store, from which replicas load it.",
         ]
-    if config.profile != "local":
-        env = haproxy_environment(config)
+    if env := node_environment(config):
         lines.append("# Every node's environment, before Ray starts there:")
         lines += [f"#   {name}={value}" for name, value in env.items()]
+    if config.profile != "local":
         lines += [
             "# Beside the port below, on all interfaces: HAProxy's statistics (8404) and metrics",
             "# (9101), without authentication; the fallback proxy (8500) and each replica (30000",

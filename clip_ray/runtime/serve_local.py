@@ -33,7 +33,7 @@ from clip_ray.registry import Target
 from clip_ray.runtime import processes
 from clip_ray.runtime.cluster import ray_temp
 from clip_ray.runtime.rollout import POLL_S, confirm
-from clip_ray.runtime.serve_config import IMPORT_PATH, declaration, haproxy_environment
+from clip_ray.runtime.serve_config import IMPORT_PATH, declaration, node_environment
 from clip_ray.runtime.serve_state import STATE, Running, read_running, write_running
 from clip_ray.runtime.serving import Live, places, quiet
 
@@ -142,7 +142,7 @@ def _plan(config: ServeConfig, folder: Path) -> tuple[ServeConfig, Running, dict
             "--serve.port N (0 = a free one)"
         )
     config = config.model_copy(update={"port": port})
-    environment = {"RAY_SERVE_ENABLE_HA_PROXY": "0"}
+    environment = {"RAY_SERVE_ENABLE_HA_PROXY": "0", **node_environment(config)}
     more: dict[str, str] = {}
     scratch = None
     if config.profile == "gpu":
@@ -153,7 +153,7 @@ def _plan(config: ServeConfig, folder: Path) -> tuple[ServeConfig, Running, dict
         scratch = str(ray_temp() / f"ha-{secrets.token_hex(4)}")
         more = {k: str(processes.free_port("0.0.0.0", p)) for k, p in _HAPROXY_PORTS.items()}
         environment = {
-            **haproxy_environment(config),
+            **environment,
             **more,
             **{name: f"{scratch}/{file}" for name, file in _HAPROXY_FILES.items()},
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": scratch,
@@ -267,7 +267,9 @@ def start_serve(declared: dict[str, Any]) -> Live:
 
     try:
         serve.start(
-            proxy_location=declared["proxy_location"], http_options=declared["http_options"]
+            proxy_location=declared["proxy_location"],
+            http_options=declared["http_options"],
+            tracing_config=declared.get("tracing_config"),
         )
     except Exception as error:  # a proxy that cannot bind its port fails as several kinds
         raise ClusterError(f"Serve could not be started: {error}") from error

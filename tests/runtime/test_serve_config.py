@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray.serve._private.constants import DEFAULT_TRACING_EXPORTER_IMPORT_PATH
 from ray.serve.schema import ServeDeploySchema
 
 from clip_ray.config.load import load_config
@@ -20,6 +21,7 @@ from clip_ray.runtime.serve_config import (
     check_declaration,
     declaration,
     located,
+    node_environment,
     placeholder,
 )
 
@@ -55,6 +57,33 @@ def test_the_model_is_in_user_config_and_nowhere_else(name):
     assert Target.model_validate(app["deployments"][0].pop("user_config")) == TARGET
     assert "models:" not in yaml.safe_dump(declared) and DIGEST not in yaml.safe_dump(declared)
     assert AppSettings.model_validate(app["args"]) == profile(name).app_settings()
+
+
+def test_tracing_is_for_serve_as_a_whole_and_for_its_nodes():
+    flags = ("--serve.tracing.enabled", "true", "--serve.tracing.sampling_ratio", "0.5")
+    for name in ("local", "gpu", "cluster"):
+        plain, config = profile(name), profile(name, *flags)
+        declared = declaration(config, TARGET)
+        check_declaration(declared)
+        schema = ServeDeploySchema.model_validate(declared).tracing_config
+        assert (schema.enabled, schema.exporter_import_path) == (True, "")
+        assert schema.sampling_ratio == 0.5
+        # Off, nothing is said of it; and the replicas are the same, traced or not.
+        assert declared.pop("tracing_config") and declared == declaration(plain, TARGET)
+        assert "tracing" not in declared["applications"][0]["args"]
+        # Serve's Python proxies look into the environment.
+        more = node_environment(config).items() - node_environment(plain).items()
+        assert dict(more) == {
+            "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": DEFAULT_TRACING_EXPORTER_IMPORT_PATH,
+            "RAY_SERVE_TRACING_SAMPLING_RATIO": "0.5",
+        }
+        text = as_yaml(declaration(config, TARGET), config)
+        assert "#   RAY_SERVE_TRACING_SAMPLING_RATIO=0.5\n" in text
+    otlp = (*flags, "--serve.tracing.exporter", "clip_ray.runtime.tracing:otlp")
+    declared = declaration(profile("cluster", *otlp), TARGET)
+    assert declared["tracing_config"]["exporter_import_path"] == "clip_ray.runtime.tracing:otlp"
+    with pytest.raises(ConfigError, match="nothing would be exported"):
+        profile("local", "--serve.tracing.exporter", "a:b")
 
 
 def test_what_only_concerns_the_deployment_restarts_nothing():

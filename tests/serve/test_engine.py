@@ -268,7 +268,7 @@ def test_a_batch_that_is_cancelled_leaves_no_other_waiting(tmp_path, models, mon
     async def run() -> None:
         engine = await started(tmp_path, models[0])
         workers, encoder = engine.workers, engine.pick(None).encoder
-        item = (encoder, encoder.preprocess(picture(0)))
+        item = (encoder, encoder.preprocess(picture(0)), None)
         entered, own = asyncio.Event(), workers._shared_pass
 
         async def hang(kind, items):  # type: ignore[no-untyped-def]
