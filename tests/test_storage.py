@@ -80,9 +80,9 @@ def test_a_store_that_does_not_heed_if_match_is_seen_through(
     store = S3Store(f"s3://bucket/{tmp_path.name}", s3)
     store.write("x", b"one")
     file = store.info("x")
-    get = store.reader._get
+    get = store.client._get
     with monkeypatch.context() as patch:
-        patch.setattr(store.reader, "_get", lambda path, start, stop, _: get(path, start, stop, ""))
+        patch.setattr(store.client, "_get", lambda path, start, stop, _: get(path, start, stop, ""))
         assert store.read("x", 0, 3, file) == b"one"
         store.write("x", b"two")
         with pytest.raises(ChangedError):
@@ -90,7 +90,7 @@ def test_a_store_that_does_not_heed_if_match_is_seen_through(
     # One that refuses the ETag that it names itself must not void a sample: no ChangedError.
     file = store.info("x")
     monkeypatch.setattr(
-        store.reader, "_get", lambda path, start, stop, _: get(path, start, stop, '"x"')
+        store.client, "_get", lambda path, start, stop, _: get(path, start, stop, '"x"')
     )
     with pytest.raises(StorageError, match="refuses a read of that ETag"):
         store.read("x", 0, 3, file)

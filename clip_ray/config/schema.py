@@ -63,12 +63,12 @@ class S3Options(Section):
     profile: str | None = Field(None, description="profile of the AWS credentials file")
     anonymous: bool = Field(False, description="unsigned requests, for public buckets")
     timeout_s: float = Field(
-        30.0, gt=0, description="seconds that one attempt to read (at most 32 MB) may take"
+        30.0, gt=0, description="seconds that one request (at most 32 MB) may take"
     )
     retry_s: float = Field(
         120.0,
         ge=0,
-        description="seconds after which a read that keeps failing is given up; 0 = one attempt",
+        description="seconds after which a request that keeps failing is given up; 0 = one attempt",
     )
     hedge: Fraction = Field(
         0.05, description="share of the reads sent twice when slow, at most; 0 = none"

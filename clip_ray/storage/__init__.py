@@ -24,7 +24,7 @@ from clip_ray.config import S3Options
 from clip_ray.errors import ConfigError, DataError, StorageError
 
 if TYPE_CHECKING:
-    from clip_ray.storage.s3_reads import Reader
+    from clip_ray.storage.s3_writes import Client
 
 _CONFLICT_S = 30  # seconds that a creation waits for others of the same file
 _FEW = 8  # files of one S3 folder that are asked for one by one
@@ -265,7 +265,7 @@ class LocalStore:
 
 @dataclass(frozen=True)
 class S3Store:
-    """A prefix of an S3 bucket, through s3fs: one client for reads, one for the rest."""
+    """A prefix of an S3 bucket, through s3fs."""
 
     root: str
     options: S3Options
@@ -276,52 +276,31 @@ class S3Store:
         return (S3Store, (self.root, self.options))
 
     @property
-    def reader(self) -> Reader:
-        """The client of reads, made at first use."""
-        if "reader" not in self._clients:
-            from clip_ray.storage.s3_reads import Reader
+    def client(self) -> Client:
+        """The client, made at first use."""
+        if "client" not in self._clients:
+            from clip_ray.storage.s3_writes import Client
 
             options = self.options
-            self._clients["reader"] = Reader(
+            self._clients["client"] = Client(
                 timeout_s=options.timeout_s,
                 retry_s=options.retry_s,
                 hedge=options.hedge,
-                **self._arguments(
-                    connect_timeout=min(10, options.timeout_s),
-                    read_timeout=options.timeout_s,
-                    retries={"total_max_attempts": 1, "mode": "standard"},
+                anon=options.anonymous,
+                profile=options.profile,
+                endpoint_url=options.endpoint,
+                client_kwargs={"region_name": options.region} if options.region else {},
+                config_kwargs={
+                    "connect_timeout": min(10, options.timeout_s),
+                    "read_timeout": options.timeout_s,
+                    "retries": {"total_max_attempts": 1, "mode": "standard"},
                     # A second GET must not queue behind those that it is to overtake.
-                    max_pool_connections=64,
-                ),
+                    "max_pool_connections": 64,
+                },
+                # Other processes write here too: a cached listing would hide their files.
+                use_listings_cache=False,
             )
-        return cast("Reader", self._clients["reader"])
-
-    @property
-    def writer(self) -> Any:
-        """The s3fs file system that writes and deletes, made at first use."""
-        if "writer" not in self._clients:
-            import s3fs
-
-            self._clients["writer"] = s3fs.S3FileSystem(
-                **self._arguments(
-                    connect_timeout=10,
-                    read_timeout=60,
-                    # About half a minute of backoff: longer outages end the attempt.
-                    retries={"max_attempts": 6, "mode": "standard"},
-                )
-            )
-        return self._clients["writer"]
-
-    def _arguments(self, **config: Any) -> dict[str, Any]:
-        return {
-            "anon": self.options.anonymous,
-            "profile": self.options.profile,
-            "endpoint_url": self.options.endpoint,
-            "client_kwargs": {"region_name": self.options.region} if self.options.region else {},
-            "config_kwargs": config,
-            # Other processes write here too: a cached listing would hide their files.
-            "use_listings_cache": False,
-        }
+        return cast("Client", self._clients["client"])
 
     @property
     def uri(self) -> str:  # noqa: D102
@@ -348,7 +327,7 @@ class S3Store:
         etag = "" if expected is None else f'"{expected.version}"'
         try:
             with self._explained():
-                size, found = self.reader.read_parts(
+                size, found = self.client.read_parts(
                     self._path(name), start, stop, parts.__setitem__, etag
                 )
         except OSError as error:
@@ -368,7 +347,7 @@ class S3Store:
 
     def write(self, name: str, data: bytes) -> None:  # noqa: D102
         with self._explained():
-            self.writer.pipe_file(self._path(name), data)
+            self.client.write_bytes(self._path(name), data)
 
     def create(self, name: str, data: bytes) -> None:  # noqa: D102
         from clip_ray.storage.s3_reads import status_of
@@ -377,13 +356,13 @@ class S3Store:
         while True:
             try:
                 with self._explained():
-                    self.writer.pipe_file(self._path(name), data, mode="create")
+                    self.client.write_bytes(self._path(name), data, exclusive=True)
                 return
-            except FileExistsError as error:
-                if self.read(name) == data:
-                    return
-                raise FileExistsError(self._path(name)) from error
             except OSError as error:
+                if status_of(error) == 412:
+                    if self.read(name) == data:
+                        return
+                    raise FileExistsError(self._path(name)) from error
                 # 409: another creation is under way; S3 asks to try again, and either may win.
                 if status_of(error) != 409 or time.monotonic() > deadline:
                     raise
@@ -393,7 +372,7 @@ class S3Store:
         with tempfile.TemporaryDirectory(prefix="clip-ray-") as folder, self._explained():
             local = Path(folder) / "part"
             fill(local)
-            self.writer.put_file(str(local), self._path(name))
+            self.client.write_file(self._path(name), local)
             return digest_file(local)
 
     def download(self, name: str, local: Path) -> None:  # noqa: D102
@@ -405,35 +384,35 @@ class S3Store:
                     file.seek(at)
                     file.write(data)
 
-                self.reader.read_parts(self._path(name), 0, None, put)
+                self.client.read_parts(self._path(name), 0, None, put)
         except BaseException:
             local.unlink(missing_ok=True)
             raise
 
     def info(self, name: str) -> FileInfo:  # noqa: D102
         with self._explained():
-            found = self.reader.info(self._path(name))
+            found = self.client.info(self._path(name))
         if found["type"] != "file":
             raise FileNotFoundError(self._path(name))
         return FileInfo(self._path(name), found["size"], str(found["ETag"]).strip('"'))
 
     def files(self) -> list[str]:  # noqa: D102
         with self._explained():
-            found = self.reader.find(self.root)
+            found = self.client.find(self.root)
         prefix = self.root.removeprefix("s3://") + "/"
         return sorted(path.removeprefix(prefix) for path in found if path.startswith(prefix))
 
     def directories(self) -> list[str]:  # noqa: D102
         with self._explained():
             try:
-                found = self.reader.ls(self.root, detail=True)
+                found = self.client.ls(self.root, detail=True)
             except FileNotFoundError:
                 return []
         return sorted(e["name"].rsplit("/", 1)[-1] for e in found if e["type"] == "directory")
 
     def delete(self, name: str) -> None:  # noqa: D102
-        with self._explained(), contextlib.suppress(FileNotFoundError):
-            self.writer.rm(self._path(name), recursive=True)
+        with self._explained():
+            self.client.delete_below(self._path(name))
 
     def exists(self, name: str) -> bool:  # noqa: D102
         # Not s3fs's isfile: it takes any failure for an answer.
@@ -543,9 +522,9 @@ def _matches(name: str, s3: S3Options | None) -> list[FileInfo]:
         store = S3Store(name.rstrip("/"), s3 or S3Options())
         with store._explained():
             if is_glob:
-                entries = _glob(store.reader, name)
+                entries = _glob(store.client, name)
             else:
-                entries = list(store.reader.find(name, detail=True).values())
+                entries = list(store.client.find(name, detail=True).values())
             if not entries:
                 _require_bucket(store)
         return [
@@ -566,7 +545,7 @@ def _matches(name: str, s3: S3Options | None) -> list[FileInfo]:
     ]
 
 
-def _glob(reader: Reader, pattern: str) -> list[dict[str, Any]]:
+def _glob(client: Client, pattern: str) -> list[dict[str, Any]]:
     """Return the entries that match; s3fs's own glob passes over listings that fail."""
     from fsspec.utils import glob_translate
 
@@ -577,7 +556,7 @@ def _glob(reader: Reader, pattern: str) -> list[dict[str, Any]]:
     matches = re.compile(glob_translate(pattern)).match
     try:
         found = (
-            reader.find(folder, detail=True).values() if deep else reader.ls(folder, detail=True)
+            client.find(folder, detail=True).values() if deep else client.ls(folder, detail=True)
         )
     except FileNotFoundError:
         return []
@@ -588,7 +567,7 @@ def _require_bucket(store: S3Store) -> None:
     """Raise DataError when the bucket is missing: listing a missing prefix says nothing."""
     bucket = store.root.removeprefix("s3://").split("/", 1)[0]
     try:
-        store.reader.call_s3("head_bucket", Bucket=bucket)
+        store.client.call_s3("head_bucket", Bucket=bucket)
     except FileNotFoundError as error:
         raise DataError(
             f"{store.root}: bucket {bucket!r} does not exist; check its name and s3.endpoint"

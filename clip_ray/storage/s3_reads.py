@@ -1,9 +1,9 @@
-"""Reads from S3 over a network that fails: retried, bounded, and sent twice where one is slow.
+"""Requests to S3 over a network that fails: retried, bounded; reads sent twice where one is slow.
 
 botocore and s3fs retry too, but in three nested loops (6 x 5 x 5 requests of a minute each, where
 a store hangs), without a bound over all of them; s3fs gives up a body that ends early in a way of
 its own, and neither sees one that is whole by its headers and shorter than what was asked. So
-their loops are set to one attempt here, and there is one loop, of ours. Writes keep theirs.
+their loops are set to one attempt here, and there is one loop, of ours, for writes as well.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ from fsspec.asyn import sync, sync_wrapper
 
 from clip_ray.errors import StorageError
 
-PART = 32 << 20  # bytes that one GET asks for at most: its time has a bound, so its size needs one
+PART = 32 << 20  # bytes of one request, at most: its time has a bound, so its size needs one
 _PARTS = 4  # parts of one file on their way at a time
 _BACKOFF_S = (0.2, 20.0)  # the first pause, doubled each time, and the longest
 _SEEN = 1000  # GETs whose times are remembered
+_FEW = 10  # GETs that tell nothing of the next
 _ENOUGH = 100  # GETs that a 99th percentile wants
+_AT_FIRST = 2.0  # requests that a process may send twice before it has earned any
 _BURST = 10.0  # requests that may be sent twice in a row, after a long calm
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
@@ -68,15 +70,16 @@ class Pace:
     slow, so does what counts as slow.
 
     Args:
-        share: of the GETs that may be sent twice.
-        floor_s: seconds that are never slow.
-        first_s: seconds that are slow as long as few GETs have been seen.
+        share: of the GETs that may be sent twice, and two more.
+        floor_s: seconds that are never slow: a second request, with a connection of its own, is
+            hardly back earlier, and what is read ahead covers it.
+        first_s: seconds that are slow before anything is known; the usual advice for S3.
     """
 
-    def __init__(self, share: float, floor_s: float = 1.0, first_s: float = 2.0) -> None:
+    def __init__(self, share: float, floor_s: float = 0.5, first_s: float = 2.0) -> None:
         self._share, self._floor_s, self._first_s = share, floor_s, first_s
         self._seen: deque[float] = deque(maxlen=_SEEN)
-        self._allowance = 0.0
+        self._allowance = _AT_FIRST if share else 0.0
         self.sent_twice = 0
 
     def saw(self, seconds: float) -> None:
@@ -85,9 +88,14 @@ class Pace:
         self._allowance = min(self._allowance + self._share, _BURST)
 
     def patience(self) -> float:
-        """Return the seconds after which a GET is slow: the 99th percentile of recent ones."""
-        if len(self._seen) < _ENOUGH:
+        """Return the seconds after which a GET is slow: the 99th percentile of recent ones.
+
+        Twice the slowest, as long as they are too few for that.
+        """
+        if len(self._seen) < _FEW:
             return self._first_s
+        if len(self._seen) < _ENOUGH:
+            return min(max(self._floor_s, 2 * max(self._seen)), self._first_s)
         return max(self._floor_s, sorted(self._seen)[int(0.99 * len(self._seen))])
 
     def may_send_twice(self) -> bool:
@@ -124,7 +132,9 @@ class Reader(s3fs.S3FileSystem):
         # Everything that s3fs lists or looks up comes by here, one request at a time.
         asked = kwargs.get("Key", kwargs.get("Prefix", ""))
         request = partial(super()._call_s3, method, *defaults, **kwargs)
-        return await self._persist(f"{method} of s3://{kwargs.get('Bucket')}/{asked}", request)
+        what = f"{method} of s3://{kwargs.get('Bucket')}/{asked}"
+        # What is larger than a part is so because of the store's limits: it takes longer.
+        return await self._persist(what, request, max(len(kwargs.get("Body", b"")) / PART, 1))
 
     call_s3 = sync_wrapper(_call_s3)
 
@@ -228,13 +238,16 @@ class Reader(s3fs.S3FileSystem):
             for task in tasks:
                 task.cancel()
 
-    async def _persist(self, what: str, request: Callable[[], Awaitable[Any]]) -> Any:
+    async def _persist(
+        self, what: str, request: Callable[[], Awaitable[Any]], scale: float = 1.0
+    ) -> Any:
         """Repeat a request until it succeeds, fails for good, or its time is up."""
+        timeout_s = scale * self._timeout_s
         begin = time.monotonic()
         pause, longest = _BACKOFF_S
         for number in itertools.count(1):
             left = begin + self._retry_s - time.monotonic()
-            limit = self._timeout_s if number == 1 else min(self._timeout_s, left)
+            limit = timeout_s if number == 1 else min(timeout_s, left)
             try:
                 async with asyncio.timeout(limit):
                     return await request()
