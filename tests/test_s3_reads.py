@@ -97,8 +97,9 @@ def test_a_store_that_is_down_is_given_up_in_time(
         # Not the bound itself: the pause before the last attempt may be as long as an attempt.
         assert 3.5 < time.monotonic() - begin < 8
         said = int(re.search(r"failed (\d+) times", str(raised.value))[1])  # type: ignore[index]
-        # Not all of them arrive, where the machine is busy: each has 0.3 s.
-        assert said == len(attempts) and 1 < sum(proxy.counts.values()) <= said
+        # The last attempt has what is left of the bound, which may be nothing; on a busy machine
+        # others do not arrive in their 0.3 s either.
+        assert said - len(attempts) in (0, 1) and 1 < sum(proxy.counts.values()) <= said
         attempts.clear()
     port = proxy.endpoint.rpartition(":")[2]
     nobody = S3Options(endpoint=proxy.endpoint.replace(port, "1"), timeout_s=0.3, retry_s=0.5)
