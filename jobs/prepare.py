@@ -14,7 +14,8 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from clip_ray.config import S3Options, SourceConfig  # noqa: E402
-from clip_ray.data.prepare import PrepareOptions, prepare, rewrite  # noqa: E402
+from clip_ray.data.prepare import PrepareOptions, prepare  # noqa: E402
+from clip_ray.data.rewrite import rewrite  # noqa: E402
 from clip_ray.errors import ClipRayError  # noqa: E402
 
 

@@ -159,8 +159,14 @@ def run_job(scopes: Sequence[Scope], job: Job) -> Outcome:
     return Outcome(job.number, Entry.of(index))
 
 
-def find_jobs(data: DataConfig) -> tuple[list[Job], tuple[Scope, ...], dict[str, Any]]:
+def find_jobs(
+    data: DataConfig, apart: bool = False
+) -> tuple[list[Job], tuple[Scope, ...], dict[str, Any]]:
     """Return the jobs of all sources, the sources' scopes, and a manifest's `options`.
+
+    Args:
+        data: the sources and what is kept out of training.
+        apart: see `IndexOptions`.
 
     Raises:
         DataError: nothing matches, a shard is named twice, or a list of keys is missing.
@@ -174,7 +180,7 @@ def find_jobs(data: DataConfig) -> tuple[list[Job], tuple[Scope, ...], dict[str,
     for number, source in enumerate(data.sources):
         select = _read_keys(source.select, data.s3, f"data.sources[{number}].select")
         selects.append(_keys_digest(select))
-        kept_out = IndexOptions(data.holdout, select, exclude or frozenset())
+        kept_out = IndexOptions(data.holdout, select, exclude or frozenset(), apart)
         rules = [RULES, source.image, source.caption, *options.values(), selects[-1]]
         settings = hashlib.sha256(json.dumps(rules).encode()).hexdigest()
         scopes.append(Scope(source, data.s3, kept_out, settings))

@@ -235,6 +235,7 @@ def build_manifest(
     map_shards: MapShards = map,
     progress: Progress | None = None,
     earlier: Earlier | None = None,
+    apart: bool = False,
 ) -> Manifest:
     """Index all sources.
 
@@ -243,6 +244,7 @@ def build_manifest(
         map_shards: called with a function and a list of jobs; returns their results in any order.
         progress: called with (shards done, shards) at the start and after each.
         earlier: results of earlier indexes, which are not found again; takes the new ones.
+        apart: see `IndexOptions`; such a shard has no offsets.
 
     Raises:
         ConfigError: there is no source.
@@ -252,7 +254,7 @@ def build_manifest(
     """
     if not data.sources:
         raise ConfigError("data.sources is empty; name at least one path, glob or s3:// prefix")
-    jobs, scopes, options = find_jobs(data)
+    jobs, scopes, options = find_jobs(data, apart)
     settings = tuple(scope.settings for scope in scopes)
     spool = Spool()
     found: list[tuple[Entry, int] | None] = [None] * len(jobs)

@@ -1,4 +1,4 @@
-"""Make shards from pictures that lie in a folder, that a table names, or that lie in other shards.
+"""Make shards from pictures that lie in a folder or that a table names; `rewrite`: from shards.
 
 The rows are listed in one fixed order, and shards are cut from it one by one, so that an
 interrupted run goes on at the first unfinished shard and ends with the same bytes. Every row is
@@ -19,15 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import simplejpeg
 
-from clip_ray.config.schema import DataConfig, S3Options, SourceConfig
-from clip_ray.data.manifest import Manifest, build_manifest
-from clip_ray.data.samples import IMAGE_SUFFIXES, Sample, caption_of
-from clip_ray.data.shards import BadSample, read_ordinals
+from clip_ray.config.schema import S3Options
+from clip_ray.data.samples import IMAGE_SUFFIXES, caption_of
 from clip_ray.errors import DataError
 from clip_ray.images import (
     MIN_SIDE,
@@ -46,6 +43,7 @@ PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "image_path
 CAPTION_COLUMNS = ("caption", "text", "txt", "title")
 _TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 _QUALITY = 90  # of re-encoded JPEG
+BATCH = 64  # rows that are read together
 _READERS = 16  # rows in flight: single files from S3 are all latency
 
 
@@ -115,7 +113,7 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class _Packed:
+class Packed:
     """A sample on its way into a shard; `key` names it there, none = its row's number."""
 
     image: bytes
@@ -125,7 +123,7 @@ class _Packed:
 
 
 # From a row on: where each row comes from, and its sample or the reason why it has none.
-_Walk = Callable[[int], Iterator[tuple[str, _Packed | str]]]
+Walk = Callable[[int], Iterator[tuple[str, Packed | str]]]
 
 
 @dataclass
@@ -139,7 +137,7 @@ class _Tar:
         # Plain headers, but where a name needs more than they hold.
         self.tar = tarfile.open(fileobj=self.file, mode="w", format=tarfile.PAX_FORMAT)
 
-    def add(self, key: str, sample: _Packed) -> None:
+    def add(self, key: str, sample: Packed) -> None:
         self.keys.add(key)
         self._member(f"{key}.{_suffix_of(sample.image)}", sample.image)
         if len(sample.captions) == 1:
@@ -183,7 +181,7 @@ def prepare(
     source = os.fspath(source)
     rows = list_rows(source, options, s3)
     with ThreadPoolExecutor(_READERS) as pool:
-        return _pack(
+        return pack(
             source,
             lambda first: _loaded(rows, first, options, s3, pool),
             Prepared(rows=len(rows)),
@@ -195,75 +193,9 @@ def prepare(
         )
 
 
-def rewrite(
-    source: SourceConfig,
-    exclude: str | None,
-    out: str | os.PathLike[str],
-    options: PrepareOptions | None = None,
-    s3: S3Options | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Prepared:
-    """Pack the samples of shards that `select` and `exclude` leave into shards of their own.
-
-    Keys stay, and with them what is held out; a dot in one (Parquet) is written as %2E, since a
-    tar's key ends there. Several captions of an image stay, other columns and members do not.
-
-    Args:
-        source: the shards, and the file of keys to take.
-        exclude: file of keys to leave out.
-        out: directory of the shards, local or on s3://; finished shards there are kept.
-        options: sizes; columns are named by the source.
-        s3: access to all of them.
-        progress: called with (samples done, samples).
-
-    Raises:
-        DataError: the shards cannot be indexed, or `out` holds something else.
-    """
-    options, s3 = options or PrepareOptions(), s3 or S3Options()
-    data = DataConfig(sources=(source,), s3=s3, exclude=exclude, holdout=0)
-    manifest = build_manifest(data)
-    skipped = Counter(manifest.skipped)
-    skipped["not-selected"] = int(manifest.samples.sum()) - manifest.total
-    fresh = Prepared(
-        rows=manifest.total + skipped.total(),
-        skipped=+skipped,
-        examples={reason: [source.path] for reason in skipped},
-    )
-    identity = {"manifest": manifest.digest, **asdict(options)}
-    return _pack(
-        source.path,
-        lambda first: _samples(manifest, source, first, options, s3),
-        fresh,
-        manifest.total,
-        open_store(out, s3),
-        hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
-        options,
-        progress,
-    )
-
-
-def sparse_sources(manifest: Manifest) -> list[str]:
-    """Return a line for each source of which `select` and `exclude` leave less than half.
-
-    A read fetches the neighbours of a sample along with it: below half, more than twice the bytes
-    of what is trained on.
-    """
-    lines = []
-    for number, row in enumerate(manifest.by_source()):
-        kept = row["train"] + row["holdout"]
-        if 2 * kept < row["samples"]:
-            lines.append(
-                f"data.sources[{number}] {row['path']}: select and exclude leave {kept:,} of "
-                f"{row['samples']:,} samples; reading fetches {row['samples'] / kept:.1f} times "
-                "their bytes; rewrite them once with jobs/prepare.py --shards ... --select ... "
-                "--exclude ..., and train on what it makes"
-            )
-    return lines
-
-
-def _pack(
+def pack(
     source: str,
-    walk: _Walk,
+    walk: Walk,
     fresh: Prepared,
     rows: int,
     store: Store,
@@ -286,7 +218,7 @@ def _pack(
 
 
 def _write_shard(
-    walk: _Walk,
+    walk: Walk,
     first: int,
     rows: int,
     store: Store,
@@ -331,15 +263,15 @@ def _loaded(
     options: PrepareOptions,
     s3: S3Options | None,
     pool: ThreadPoolExecutor,
-) -> Iterator[tuple[str, _Packed | str]]:
+) -> Iterator[tuple[str, Packed | str]]:
     """Yield the rows from `first` on, in order, with what `_load` makes of them."""
-    for start in range(first, len(rows), 4 * _READERS):
-        batch = rows[start : start + 4 * _READERS]
+    for start in range(first, len(rows), BATCH):
+        batch = rows[start : start + BATCH]
         loaded = pool.map(lambda row: _load(row, options, s3), batch)
         yield from zip([row.path for row in batch], loaded, strict=True)
 
 
-def _load(row: Row, options: PrepareOptions, s3: S3Options | None) -> _Packed | str:
+def _load(row: Row, options: PrepareOptions, s3: S3Options | None) -> Packed | str:
     """Return a row's sample, or the reason why there is none."""
     if row.reason:
         return row.reason
@@ -352,13 +284,13 @@ def _load(row: Row, options: PrepareOptions, s3: S3Options | None) -> _Packed | 
     data = _read(row.path, s3)
     if data is None:
         return "missing-file"
-    image = _fitted(data, options)
+    image = fitted(data, options)
     if isinstance(image, str):
         return image
-    return _Packed(image, caption.texts, {"path": row.path})
+    return Packed(image, caption.texts, {"path": row.path})
 
 
-def _fitted(data: bytes, options: PrepareOptions) -> bytes | str:
+def fitted(data: bytes, options: PrepareOptions) -> bytes | str:
     """Return an image as it is packed, or the reason why it cannot be used."""
     try:
         pixels = decode(data, options.max_pixels)
@@ -371,38 +303,6 @@ def _fitted(data: bytes, options: PrepareOptions) -> bytes | str:
         return "too-small"
     packed = simplejpeg.encode_jpeg(small, quality=_QUALITY, colorsubsampling="420")
     return with_orientation(packed, orientation(data))
-
-
-def _samples(
-    manifest: Manifest, source: SourceConfig, first: int, options: PrepareOptions, s3: S3Options
-) -> Iterator[tuple[str, _Packed | str]]:
-    """Yield the samples of the shards from the `first` that is taken on, in order."""
-    ends = np.cumsum(manifest.train_counts)
-    at = first
-    while at < manifest.total:
-        index = int(np.searchsorted(ends, at, side="right"))
-        place = at - int(ends[index] - manifest.train_counts[index])
-        count = min(4 * _READERS, int(ends[index]) - at)
-        shard = manifest.shard(index)
-        ordinals = manifest.train_ordinals(index, np.arange(place, place + count))
-        for sample in read_ordinals(shard, source, s3, ordinals):
-            yield f"{sample.key} in {shard.path}", _repacked(sample, shard.path, options)
-        at += count
-
-
-def _repacked(sample: Sample | BadSample, path: str, options: PrepareOptions) -> _Packed | str:
-    if isinstance(sample, BadSample):
-        return sample.reason
-    image = _fitted(sample.image, options)
-    if isinstance(image, str):
-        return image
-    return _Packed(image, (sample.caption, *sample.others), {"shard": path}, _tar_key(sample.key))
-
-
-def _tar_key(key: str) -> str:
-    """Return a key as a tar's member can carry it: no dot in its last part, and not empty."""
-    folder, slash, base = key.replace("\0", "%00").rpartition("/")
-    return folder + slash + (base.replace(".", "%2E") or "%")
 
 
 def _read(path: str, s3: S3Options | None) -> bytes | None:

@@ -105,11 +105,13 @@ class IndexOptions:
         holdout: share of the samples held out, by hash of the key.
         select: the keys that are taken; none = all.
         exclude: the keys that are never taken.
+        apart: take tars whose samples' members lie apart, which are read whole to be rewritten.
     """
 
     holdout: float = 0.0
     select: frozenset[str] | None = None
     exclude: frozenset[str] = frozenset()
+    apart: bool = False
 
 
 def index_shard(
@@ -139,7 +141,8 @@ def index_shard(
         scan = scan_parquet(file.path, store, name, file.size, source)
     else:
         known = scan_sidecar(file, sidecar, s3, source) if sidecar is not None else None
-        scan = known or scan_tar(file.path, store, name, file.size, Suffixes.of(source))
+        suffixes = Suffixes.of(source)
+        scan = known or scan_tar(file.path, store, name, file.size, suffixes, options.apart)
     now = store.info(name)
     if (now.size, now.version) != (file.size, file.version):
         raise DataError(f"shard {file.path}: changed while it was indexed; index it when written")

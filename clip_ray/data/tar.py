@@ -7,6 +7,7 @@ path up to the first dot of the file name, and its members lie side by side.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -67,6 +68,10 @@ class CutError(Exception):
 
 class DamageError(Exception):
     """Bytes that are no tar header where one should be."""
+
+
+class ApartError(DataError):
+    """A sample's members do not lie side by side."""
 
 
 @dataclass
@@ -164,28 +169,50 @@ class Slab:
         return self.data[start - self.start : stop - self.start]
 
 
-def scan_tar(path: str, store: Store, name: str, size: int, suffixes: Suffixes) -> Scan:
+def scan_tar(
+    path: str, store: Store, name: str, size: int, suffixes: Suffixes, apart: bool = False
+) -> Scan:
     """Walk a whole tar and return its valid samples.
+
+    Args:
+        path: for messages.
+        store: the tar's directory.
+        name: its name in there.
+        size: bytes.
+        suffixes: which members matter.
+        apart: a tar whose samples' members lie apart is read whole, into memory, and its samples
+            are counted in the order of their first members; they have no offsets.
 
     Raises:
         DataError: it is no tar, is damaged, or a sample's members do not lie side by side.
     """
-    if not store.uri.startswith("s3://"):
-        return _scan(path, Window.over(store, name, size), size, suffixes)
-    with closing(Stream(store, name, size)) as data:
-        return _scan(path, data, size, suffixes)
+    try:
+        if not store.uri.startswith("s3://"):
+            return _scan(path, Window.over(store, name, size), size, suffixes)
+        with closing(Stream(store, name, size)) as data:
+            return _scan(path, data, size, suffixes)
+    except ApartError:
+        if not apart:
+            raise
+    scan = _scan(path, Slab(0, store.read(name)), size, suffixes, apart=True)
+    scan.offsets = np.zeros(0, np.int64)
+    return scan
 
 
-def _scan(path: str, data: Bytes, size: int, suffixes: Suffixes) -> Scan:
+def _scan(path: str, data: Bytes, size: int, suffixes: Suffixes, apart: bool = False) -> Scan:
     scan, starts, end = Scan(), [], 0
     seen: set[str] = set()
+    walk = members(data, 0, size, complete=True)
     try:
-        for group in groups(members(data, 0, size, complete=True), suffixes, scan):
-            if group.key in seen:
-                raise DataError(
+        for group in gathered(walk, suffixes, scan) if apart else groups(walk, suffixes, scan):
+            if group.key in seen and not apart:
+                raise ApartError(
                     f"shard {path}: the members of sample {group.key!r} do not lie side by side; "
-                    "rewrite the shard with jobs/prepare.py (or tar --sort=name)"
+                    f"rewrite it: python jobs/prepare.py --shards {shlex.quote(path)} --out FOLDER"
                 )
+            if group.key in seen:  # no reader could tell them apart
+                scan.skipped["duplicate-key"] += 1
+                continue
             seen.add(group.key)
             caption = examine(group, data, suffixes)
             if caption.reason:
@@ -223,14 +250,7 @@ def read_tar(
             if caption.reason:
                 continue
             if ordinal in wanted:
-                at, size = group.parts[_pick(group, suffixes.image)]
-                result[ordinal] = Sample(
-                    group.key,
-                    data.get(at, at + size),
-                    caption.texts[0],
-                    caption.replaced_utf8,
-                    caption.texts[1:],
-                )
+                result[ordinal] = _sample(group, caption, data, suffixes)
                 if len(result) == len(wanted):
                     break
             ordinal += 1
@@ -238,6 +258,34 @@ def read_tar(
         for lost in wanted - result.keys():
             result[lost] = BadSample(f"#{lost}", "shard-damaged", str(error), path)
     return result
+
+
+def _sample(group: Group, caption: Caption, data: Bytes, suffixes: Suffixes) -> Sample:
+    at, size = group.parts[_pick(group, suffixes.image)]
+    return Sample(
+        group.key,
+        data.get(at, at + size),
+        caption.texts[0],
+        caption.replaced_utf8,
+        caption.texts[1:],
+    )
+
+
+def samples_apart(data: Slab, suffixes: Suffixes) -> Iterator[Sample]:
+    """Yield the valid samples of a whole tar whose samples' members lie apart, as counted.
+
+    Raises:
+        CutError: it ends early.
+        DamageError: it is none.
+    """
+    seen: set[str] = set()
+    for group in gathered(members(data, 0, len(data.data), complete=True), suffixes, None):
+        if group.key in seen:
+            continue
+        seen.add(group.key)
+        caption = examine(group, data, suffixes)
+        if not caption.reason:
+            yield _sample(group, caption, data, suffixes)
 
 
 def ranges(offsets: Ints, samples: int, ordinals: Ints, gap: int) -> list[tuple[int, int, int]]:
@@ -285,6 +333,24 @@ def groups(walk: Iterator[Member], suffixes: Suffixes, scan: Scan | None) -> Ite
         yield group
     if cut is not None:
         raise cut
+
+
+def gathered(walk: Iterator[Member], suffixes: Suffixes, scan: Scan | None) -> Iterator[Group]:
+    """Group all members of a tar by key, wherever they lie; in the order of their first ones.
+
+    A key that has a suffix twice has two groups.
+    """
+    found: dict[str, list[Group]] = {}
+    for group in groups(walk, suffixes, scan):
+        mine = found.setdefault(group.key, [])
+        for suffix, part in group.parts.items():
+            lacking = next((one for one in mine if suffix not in one.parts), None)
+            if lacking is None:
+                lacking = Group(group.key, group.start)
+                mine.append(lacking)
+            lacking.parts[suffix] = part
+    for mine in found.values():
+        yield from mine
 
 
 def key_of(name: str) -> tuple[str, str]:

@@ -24,7 +24,7 @@ from clip_ray.data.earlier import MANIFEST, PARTS
 from clip_ray.data.manifest import Manifest
 from clip_ray.data.manifest_file import load_manifest, save_manifest
 from clip_ray.data.plan import Plan, default_sizes
-from clip_ray.data.prepare import sparse_sources
+from clip_ray.data.rewrite import sparse_sources
 from clip_ray.errors import CheckpointError, ConfigError
 from clip_ray.storage import Store, open_store, split_uri
 from clip_ray.tokenizer import Tokenizer

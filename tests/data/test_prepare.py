@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +15,15 @@ import simplejpeg
 from clip_ray.config import DataConfig, S3Options, SourceConfig
 from clip_ray.data import prepare as prepares
 from clip_ray.data.manifest import build_manifest
-from clip_ray.data.prepare import Prepared, PrepareOptions, prepare, rewrite, sparse_sources
+from clip_ray.data.prepare import Prepared, PrepareOptions, prepare
+from clip_ray.data.rewrite import rewrite, sparse_sources
 from clip_ray.data.shards import Sample, read_ordinals
 from clip_ray.errors import DataError
 from clip_ray.images import decode, with_orientation
 from clip_ray.storage import LocalStore, open_store
 from tests.data.shard_files import images, jpeg, pairs, write_parquet, write_tar
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def read_back(out: Path | str, s3: S3Options | None = None) -> list[Sample]:
@@ -315,3 +321,59 @@ def test_a_source_of_which_less_than_half_is_taken_is_worth_rewriting(tmp_path: 
     # What is held out for evaluation is no reason: it is not chosen by a list.
     whole = DataConfig(sources=(SourceConfig(path=source.path),), holdout=0.6)
     assert sparse_sources(build_manifest(whole)) == []
+
+
+def scattered(folder: Path) -> Path:
+    """A tar with all images first, then the captions; one in order beside it."""
+    folder.mkdir()
+    members = pairs(12)
+    extra = [("00003.jpg", jpeg(50)), ("00003.txt", b"again"), ("00020.jpg", jpeg(20))]
+    apart = [*members[::2], ("notes.md", b"x"), *reversed(members[1::2]), *extra]
+    write_tar(folder / "a.tar", apart)
+    write_tar(folder / "b.tar", [(f"b{name}", data) for name, data in pairs(5)])
+    return folder
+
+
+@pytest.mark.parametrize("per_shard", [4, 100])
+def test_a_tar_whose_samples_lie_apart_is_rewritten(tmp_path: Path, per_shard: int) -> None:
+    source = scattered(tmp_path / "in")
+    options = PrepareOptions(samples_per_shard=per_shard)
+    done = rewrite(SourceConfig(path=str(source)), None, tmp_path / "out", options)
+    assert done.skipped == {"duplicate-key": 1, "missing-caption": 1}
+    assert (done.rows, done.written) == (19, 17)
+    samples = read_back(tmp_path / "out")
+    assert [s.key for s in samples] == [f"{i:05d}" for i in range(12)] + [
+        f"b{i:05d}" for i in range(5)
+    ]
+    for i, sample in enumerate(samples[:12]):
+        assert (sample.caption, sample.image) == (f"caption {i}", jpeg(i))
+
+
+def test_a_selection_of_samples_that_lie_apart(tmp_path: Path) -> None:
+    source = scattered(tmp_path / "in")
+    (tmp_path / "keys").write_text("00002\n00007\n00011\nb00001\n00020")
+    (tmp_path / "never").write_text("00007")
+    done = rewrite(
+        SourceConfig(path=str(source), select=str(tmp_path / "keys")),
+        str(tmp_path / "never"),
+        tmp_path / "out",
+        PrepareOptions(samples_per_shard=1),
+    )
+    assert [s.key for s in read_back(tmp_path / "out")] == ["00002", "00011", "b00001"]
+    assert done.rows == done.written + done.skipped.total() == 19
+    assert done.skipped["not-selected"] == 14
+
+
+def test_the_command_that_an_error_names_mends_the_shard(tmp_path: Path) -> None:
+    path = scattered(tmp_path / "my pictures") / "a.tar"
+    with pytest.raises(DataError) as caught:
+        build_manifest(DataConfig(sources=(SourceConfig(path=str(path)),)))
+    assert "the members of sample '00010' do not lie side by side" in str(caught.value)
+    command = shlex.split(str(caught.value).partition("rewrite it: python ")[2])
+    assert command[0] == "jobs/prepare.py" and command[-2:] == ["--out", "FOLDER"]
+    done = subprocess.run(
+        [sys.executable, ROOT / command[0], *command[1:]], cwd=tmp_path, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"12 of 14 samples written to 1 shards" in done.stdout
+    assert len(read_back(tmp_path / "FOLDER")) == 12

@@ -66,7 +66,7 @@ path = "s3://bucket/laion/*.tar"
 jobs = [Job(i, 0, FileInfo(f"s3://bucket/laion/{i:06d}.tar", 300_000_000 + i, f"{i:032x}"))
         for i in range(SHARDS)]
 scopes = (Scope(SourceConfig(path=path), None, None, "0" * 64),)
-manifests.find_jobs = lambda data: (jobs, scopes, {})
+manifests.find_jobs = lambda data, apart: (jobs, scopes, {})
 
 
 def found(function, todo):
