@@ -1,17 +1,77 @@
-"""Jobs on the Ray head that the tests of the runtime use, and the run that nothing happened to."""
+"""A Ray head into whose workers faults can be put, jobs on it, and runs nothing happened to."""
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
-from tests.runtime.conftest import head, jobs  # noqa: F401 - fixtures
-from tests.runtime.support import Head, Jobs
+from clip_ray.config import S3Options
+from tests.chaos.support import INJECT, STEPS
+from tests.runtime.conftest import jobs  # noqa: F401 - a fixture, of the head below
+from tests.runtime.support import START_S, Head, Jobs, answers, free_ports, ray_head, wait_for
+from tests.s3_proxy import Proxy, s3_proxy
 
-STEPS = ("--train.steps", "120", "--checkpoint.every_steps", "7")
+
+@pytest.fixture(scope="session")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a Ray into whose workers faults can be put."""
+    return {"PYTHONPATH": str(INJECT), "CHAOS_FAULTS": str(tmp_path_factory.mktemp("faults"))}
 
 
-@pytest.fixture(scope="module")
-def undisturbed(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Jobs:  # noqa: F811
+@pytest.fixture(scope="session")
+def head(
+    tmp_path_factory: pytest.TempPathFactory, s3: S3Options, faults: dict[str, str]
+) -> Iterator[Head]:
+    # `s3` first: the head's processes inherit the credentials that it sets.
+    with ray_head(tmp_path_factory.mktemp("ray"), cpus=6, **faults) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def undisturbed(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     made = Jobs(head, tmp_path_factory.mktemp("undisturbed"))
     made.run("clip", *STEPS)
     return made
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory, faults: dict[str, str]) -> Iterator[Head]:
+    """A head with room for the data and one worker of two CPUs; tests add nodes."""
+    with ray_head(tmp_path_factory.mktemp("elastic"), cpus=3, **faults) as head:
+        yield head
+
+
+@pytest.fixture
+def elastic(cluster: Head, tmp_path: Path) -> Iterator[Jobs]:
+    made = Jobs(cluster, tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def tracking(tmp_path: Path) -> Iterator[tuple[Proxy, str]]:
+    """An MLflow server behind a proxy, and the URI of its database."""
+    (port,) = free_ports(1)
+    database = f"sqlite:///{tmp_path}/mlflow.db"
+    options = ["--port", str(port), "--workers", "1", "--backend-store-uri", database]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", *options],
+        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        wait_for(lambda: answers(f"http://127.0.0.1:{port}/health"), START_S, "MLflow")
+        with s3_proxy(f"http://127.0.0.1:{port}") as proxy:
+            yield proxy, database
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-from collections.abc import Iterator
-from pathlib import Path
 
 import mlflow
 import psutil
@@ -14,9 +11,8 @@ import pytest
 
 from clip_ray.storage import LocalStore
 from clip_ray.train.verify import verify
-from tests.chaos.conftest import STEPS
-from tests.chaos.test_faults import assert_same_end, events, processes
-from tests.runtime.support import Jobs, ray_head, ray_node, wait_for
+from tests.chaos.support import STEPS, assert_same_end, events, processes
+from tests.runtime.support import ray_node, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
@@ -37,7 +33,7 @@ def test_a_worker_that_is_told_to_go_costs_no_step(jobs, undisturbed):
     assert events(run, "attempt_failed") == []
     summary = jobs.summary("told")
     assert summary["recomputed_steps"] == 0 and list(summary["recoveries"]) == ["preempted"]
-    assert_same_end(run, undisturbed)
+    assert_same_end(run, undisturbed.rows("clip"))
     client = mlflow.MlflowClient(f"sqlite:///{jobs.storage}/mlflow.db")
     (tracked,) = client.search_runs(["1"])
     assert tracked.data.metrics["recovery/preempted_times"] == 1
@@ -56,27 +52,19 @@ def test_a_controller_that_hangs_is_not_waited_for_for_ever(jobs, undisturbed):
     (hang,) = events(run, "controller_hang")
     assert hang["pid"] == controller.pid and hang["ended"] == "killed (state T (stopped))"
     assert len(events(run, "attempt")) == 1 and jobs.summary("held")["recomputed_steps"] == 0
-    assert_same_end(run, undisturbed)
-
-
-@pytest.fixture
-def two_nodes(tmp_path: Path) -> Iterator[tuple[Jobs, subprocess.Popen[bytes]]]:
-    """Jobs on a head with room for one worker and the data, and a node with room for another."""
-    with ray_head(tmp_path, cpus=3) as head, ray_node(head, tmp_path, cpus=2) as node:
-        jobs = Jobs(head, tmp_path)
-        yield jobs, node
-        jobs.close()
+    assert_same_end(run, undisturbed.rows("clip"))
 
 
 FIXED = (*STEPS, "--cluster.cpus_per_worker", "2", "--tracking.uri", "http://127.0.0.1:1")
 
 
-def test_a_node_that_does_not_come_back_ends_the_run_with_the_way_on(two_nodes, tmp_path):
-    jobs, node = two_nodes
-    job = jobs.start("fixed", *FIXED, "--cluster.rejoin_timeout_s", "5")
-    jobs.wait_for_step("fixed", 15)
-    os.killpg(node.pid, signal.SIGKILL)
-    output = jobs.finish(job, code=2)
+def test_a_node_that_does_not_come_back_ends_the_run_with_the_way_on(elastic, tmp_path):
+    jobs = elastic
+    with ray_node(jobs.head, tmp_path, cpus=2) as node:
+        job = jobs.start("fixed", *FIXED, "--cluster.rejoin_timeout_s", "5")
+        jobs.wait_for_step("fixed", 15)
+        os.killpg(node.pid, signal.SIGKILL)
+        output = jobs.finish(job, code=2)
     assert "error: the workers that were lost were not replaced: asked: 2 workers x 2 CPU" in output
     assert "(after 5 s)" in output and "last commit: step-" in output and "to resume: " in output
     with ray_node(jobs.head, tmp_path, cpus=2):
