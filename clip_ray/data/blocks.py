@@ -31,7 +31,7 @@ from clip_ray.tokenizer import Tokenizer
 
 BLOCK_BYTES = 24 << 20  # facts: 16-32 MB blocks keep Ray's cost per block below 1 %
 MOST_BYTES = 64 << 20  # of a block that is larger because it holds a whole slot
-ROW_EXTRA = 24  # bytes of a row's shard, place and block number
+ROW_EXTRA = 32  # bytes of a row's shard, place, block number and node
 FETCHES = 8  # shards that a block is read from at a time, on S3
 Block = dict[str, NDArray[Any]]
 

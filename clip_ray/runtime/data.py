@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, cast
@@ -27,6 +28,7 @@ import numpy as np
 import ray
 import torch
 from ray.data import DataContext, ExecutionResources
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from clip_ray.data.blocks import (
     Arrays,
@@ -38,13 +40,14 @@ from clip_ray.data.blocks import (
 )
 from clip_ray.data.pipe import Pipe
 from clip_ray.errors import TrainingError
-from clip_ray.runtime.cluster import Share
+from clip_ray.runtime.cluster import Share, usable_nodes
 
 SEGMENT_BLOCKS = 16_384  # blocks of one streaming execution
 # Ray looks for finished tasks up to ten times a second, and gives a CPU no new one before: a task
 # of one block, a tenth of a second, would leave half of the CPUs waiting.
 TASK_BLOCKS = 8
-LEAD_WINDOWS = 2  # before a segment's end, when the next is started
+LEAD_WINDOWS = 2  # before a segment's end, when the next is started at the latest
+LEAD_S = 10.0  # that an execution may take from its start to its first block
 FIRST_BATCH_TIMEOUT_S = 300.0
 CLOSE_S = 5.0
 
@@ -100,11 +103,11 @@ def _reader(reference: ray.ObjectRef) -> BlockReader:
 
 
 def read_blocks(reference: ray.ObjectRef, numbers: Sequence[int]) -> Iterator[Block]:
-    """Yield blocks with their number in each row; called in reading tasks.
+    """Yield blocks with their number and this node in each row; called in reading tasks.
 
     While a block is decoded, the files of the next one are fetched.
     """
-    reader = _reader(reference)
+    reader, node = _reader(reference), _short(ray.get_runtime_context().get_node_id())
     with ThreadPoolExecutor(1) as ahead:
         places = (reader.layout.block_at(number) for number in numbers)
         fetching = ahead.submit(reader.fetch, *next(places))
@@ -115,7 +118,13 @@ def read_blocks(reference: ray.ObjectRef, numbers: Sequence[int]) -> Iterator[Bl
                 fetching = ahead.submit(reader.fetch, *following)
             block = reader.decode(fetched)
             block["number"] = np.full(len(block["valid"]), number, np.int64)
+            block["made_on"] = np.full(len(block["valid"]), node, np.int64)
             yield block
+
+
+def _short(node: str) -> int:
+    """Return a node's name as a number that fits an array."""
+    return int(node[:15], 16)
 
 
 def task_blocks(share: Share, block_bytes: int, store_bytes: float) -> int:
@@ -133,34 +142,60 @@ def task_blocks(share: Share, block_bytes: int, store_bytes: float) -> int:
     return int(min(max(mine / (2 * share.stream_cpus * block_bytes), 1), TASK_BLOCKS))
 
 
-def build_stream(reference: ray.ObjectRef, deal: Deal, share: Share) -> list[ray.data.DataIterator]:
+def build_stream(
+    reference: ray.ObjectRef, deal: Deal, share: Share, homes: Mapping[int, str]
+) -> list[ray.data.DataIterator]:
     """Return one iterator for each of a stream's ranks.
 
     Args:
         reference: a BlockReader in the object store.
         deal: the stream's blocks.
         share: what the stream may use.
+        homes: the node of each rank, where blocks are to be made near their rank; else empty.
     """
     # Numbers, not the deal, and a late import: Ray's coordinator of the stream unpickles the
     # function, and would else import torch, which takes seconds and 100 MB.
     first, world_size, ranks = deal.numbers(0).start, deal.layout.world_size, deal.ranks
+    store_bytes = ray.cluster_resources().get("object_store_memory", 0.0)
+    each, size = task_blocks(share, deal.layout.block_bytes, store_bytes), len(deal)
+    tasks = -(-size // each)
 
     def read(batch: dict[str, Any]) -> Iterator[Any]:
         from clip_ray.runtime.data import read_blocks
 
-        places = (divmod(int(place), len(ranks)) for place in batch["id"])
+        (task,) = next(iter(batch.values())).tolist()
+        places = (divmod(at, len(ranks)) for at in range(task * each, min((task + 1) * each, size)))
         yield from read_blocks(
             reference, [first + row * world_size + ranks[turn] for row, turn in places]
         )
 
-    store_bytes = ray.cluster_resources().get("object_store_memory", 0.0)
-    block_bytes = deal.layout.block_bytes
-    tasks = -(-len(deal) // task_blocks(share, block_bytes, store_bytes))
-    with DataContext.current(stream_context(share, block_bytes)):
-        dataset = ray.data.range(len(deal), override_num_blocks=tasks)
-        dataset = dataset.map_batches(read, batch_size=None, batch_format="numpy")
+    with DataContext.current(stream_context(share, deal.layout.block_bytes)):
+        dataset: ray.data.Dataset
+        settings: dict[str, Any] = {}
+        if homes:
+            # No range: tasks that have a place are not joined with those that make its rows.
+            dataset = ray.data.from_items(list(range(tasks)), override_num_blocks=tasks)
+            nodes = [homes[rank] for rank in ranks]
+            settings["ray_remote_args_fn"] = functools.partial(
+                _near, itertools.count(), each, nodes
+            )
+        else:
+            dataset = ray.data.range(tasks, override_num_blocks=tasks)
+        dataset = dataset.map_batches(read, batch_size=None, batch_format="numpy", **settings)
         # Blocks are equal as they are: made equal by Ray, the first would wait for the last rank's.
         return dataset.streaming_split(len(ranks), equal=False)
+
+
+def _near(turn: Iterator[int], each: int, homes: Sequence[str]) -> dict[str, Any]:
+    """Return where the next task runs: on the node of most of its blocks' ranks, if it has room.
+
+    Ray asks once for each task, in their order.
+    """
+    first = next(turn) * each
+    nodes = [homes[at % len(homes)] for at in range(first, first + each)]
+    node = max(set(nodes), key=nodes.count)
+    near = NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True)
+    return {"scheduling_strategy": near}
 
 
 def stream_context(share: Share, block_bytes: int) -> DataContext:
@@ -174,6 +209,8 @@ def stream_context(share: Share, block_bytes: int) -> DataContext:
     context.override_object_store_memory_limit_fraction = share.object_store
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # They cost time at each turn of Ray's loop, and one asks `_near` for a task that there is not.
+    context.issue_detectors_config.detectors = []
     context.memory_usage_poll_interval_s = None  # or each task starts a thread to measure itself
     # A block must travel as it is: split or joined, it would be dealt to the wrong rank. Ray ends a
     # block that has this size, and splits one of half as much again; ours are a little larger.
@@ -202,6 +239,9 @@ class BatchStream:
         last_step: the step after the last.
         share: CPUs and memory for reading, and the number of streams.
         segment_blocks: blocks of one streaming execution.
+
+    Attributes:
+        foreign_bytes: pixels that came from other nodes.
     """
 
     def __init__(
@@ -224,6 +264,9 @@ class BatchStream:
         self._boxes: list[str] = []
         self._awaited: dict[int, int] = {}  # by segment that is read: the next block
         self._closed = threading.Event()
+        self._home = ray.get_runtime_context().get_node_id()
+        self._recorder.post.remote(f"{name}/home {rank}", self._home)
+        self.foreign_bytes = 0
         # The next window is assembled while the half of this one that waits here is trained on.
         self._batches: Pipe[Batch] = Pipe(max(layout.window // 2, 1), self._closed)
         self._thread = threading.Thread(
@@ -251,6 +294,7 @@ class BatchStream:
     def close(self) -> None:
         """End the threads and the rank's streams; batches not yet taken are dropped."""
         self._closed.set()
+        self._recorder.post.remote("", None, f"{self._name}/home {self._rank}")
         for box in self._boxes:
             # A stream lives, and holds its blocks, as long as somebody has its handle.
             self._recorder.post.remote("", None, box)
@@ -264,11 +308,13 @@ class BatchStream:
             current, opened = following, number + 1 == len(pieces)
             current.begin.set()
             blocks = current.blocks.take(FIRST_BATCH_TIMEOUT_S)
-            for window in windows:
+            begun = time.monotonic()
+            for done, window in enumerate(windows):
                 left = windows.stop - window
                 if not opened and left <= max(len(windows) // 2, LEAD_WINDOWS):
                     following, opened = self._open(number + 1), True
-                if left <= LEAD_WINDOWS:
+                left_s = left * (time.monotonic() - begun) / done if done else math.inf
+                if opened and (left <= LEAD_WINDOWS or left_s <= LEAD_S):
                     following.begin.set()
                 batches = assemble(
                     itertools.islice(blocks, layout.chunks), layout, self._rank, arrays
@@ -301,7 +347,9 @@ class BatchStream:
                     f"{np.unique(block['number'])}"
                 )
             self._awaited[number] = wanted + self._layout.world_size
-            yield {name: array for name, array in block.items() if name != "number"}
+            if block["made_on"][0] != _short(self._home):
+                self.foreign_bytes += block["pixels"].nbytes
+            yield {name: block[name] for name in block.keys() - {"number", "made_on"}}
         del self._awaited[number]
         wanted = next(expected, None)
         if wanted is not None:
@@ -311,19 +359,30 @@ class BatchStream:
         group = f"{self._name}/{deal.ranks.start}"
         box = f"{group}/{number}"
         if self._rank == deal.ranks.start:
-            streams = build_stream(self._reference, deal, self._share)
+            streams = build_stream(self._reference, deal, self._share, self._homes())
             self._boxes.append(box)
             # Every rank has begun the segment before this one, and needs no earlier one.
             old = f"{group}/{number - 2}"
             ray.get(self._recorder.post.remote(box, streams, old), timeout=60)
             return streams[0]
+        found = self._posted(box, f"rank {deal.ranks.start} opened no stream")
+        iterator: ray.data.DataIterator = found[self._rank - deal.ranks.start]
+        return iterator
+
+    def _homes(self) -> dict[int, str]:
+        """Return the nodes of the stream's ranks, if blocks can be made on more than one."""
+        if self._share.data_label is not None or len(usable_nodes()) < 2:
+            return {}
+        return {
+            rank: self._posted(f"{self._name}/home {rank}", f"rank {rank} does not say where it is")
+            for rank in self._ranks
+        }
+
+    def _posted(self, box: str, problem: str) -> Any:
         deadline = time.monotonic() + FIRST_BATCH_TIMEOUT_S
         while time.monotonic() < deadline and not self._closed.is_set():
-            streams = ray.get(self._recorder.collect.remote(box), timeout=60)
-            if streams is not None:
-                iterator: ray.data.DataIterator = streams[self._rank - deal.ranks.start]
-                return iterator
+            found = ray.get(self._recorder.collect.remote(box), timeout=60)
+            if found is not None:
+                return found
             time.sleep(0.1)
-        raise TrainingError(
-            f"rank {self._rank}: rank {deal.ranks.start} opened no stream for {box}"
-        )
+        raise TrainingError(f"rank {self._rank}: {problem} ({box})")

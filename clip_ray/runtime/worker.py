@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -249,6 +249,8 @@ class _Attempt:
         )
         self._profiler: Any = None
         self._committed_as_asked = False
+        self._foreign_bytes: Callable[[], int] = lambda: 0
+        self._came = 0  # of those bytes, until the last step
         self._notice, self._notice_told = preemption.installed(), False
 
     def run(self) -> Outcome:
@@ -269,6 +271,7 @@ class _Attempt:
             job.share,
         )
         self._heart.awaited = lambda: stream.awaited
+        self._foreign_bytes = lambda: stream.foreign_bytes
         if self._rank == 0:
             self._profile(self._start.progress.step)
         try:
@@ -307,7 +310,9 @@ class _Attempt:
         """See `train.hooks.Hooks`."""
         self._heart.moved(row["step"], "profile")
         self._profile(row["step"])
-        self._reporter.add("metrics", [row])
+        came, self._came = self._came, self._foreign_bytes()
+        per_s = (self._came - came) / row["step_s"]
+        self._reporter.add("metrics", [row | {"foreign_bytes_per_s": per_s}])
 
     def quarantine(self, rows: list[Row]) -> None:
         """See `train.hooks.Hooks`."""

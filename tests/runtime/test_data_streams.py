@@ -17,6 +17,7 @@ from ray.cluster_utils import Cluster
 
 from clip_ray.config import ClusterConfig
 from clip_ray.data.blocks import Block, Layout
+from clip_ray.runtime import data
 from clip_ray.runtime.cluster import Share, deal_streams
 from clip_ray.runtime.data import BatchStream
 from clip_ray.runtime.recorder import Recorder
@@ -90,6 +91,33 @@ class Host:
         if errors:
             raise errors[0]
         return len(taken), nodes
+
+
+class Near(Host):
+    """Tells what share of its ranks' bytes came from other nodes."""
+
+    def take(self, ranks: range, near: bool, *stream: Any) -> list[float]:  # type: ignore[override]
+        """Take 60 steps of some ranks, which need more time than the reading."""
+        data.TASK_BLOCKS = 2  # those of the ranks of a node
+        if not near:
+            BatchStream._homes = lambda self: {}  # type: ignore[method-assign]
+        found: dict[int, float] = {}
+
+        def run(rank: int) -> None:
+            batches = open_stream(rank, 60, *stream, 1000)
+            total = 0
+            for batch in batches:
+                total += batch.pixels.numel()
+                time.sleep(0.1)
+            found[rank] = batches.foreign_bytes / total
+            batches.close()
+
+        threads = [threading.Thread(target=run, args=(rank,)) for rank in ranks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return list(found.values())
 
 
 def open_stream(
@@ -169,6 +197,23 @@ def test_reading_stays_on_labelled_nodes(cluster, recorder, label):
         int(node["NodeID"][:15], 16) for node in cluster if node["Labels"].get("role") == "decode"
     }
     assert (nodes == labelled) == (label is not None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("near", [True, False])
+def test_blocks_are_made_near_their_ranks(cluster, recorder, near):
+    """Two ranks on each of two nodes with room for the reading; a third node has room, too."""
+    share = replace(share_of(cluster, 4), data_cpus=6, stream_cpus=6)
+    layout = Layout(4, rows=4, window=2, chunks=1, row_bytes=ROW_BYTES)
+    reader = [ray.put(FakeReader(layout, seconds=0.05))]
+    taken = []
+    for first, node in ((0, cluster[0]), (2, cluster[1])):
+        actor: Any = ray.remote(num_cpus=2)(Near)
+        host = actor.options(label_selector={"ray.io/node-id": node["NodeID"]}).remote()
+        taken.append(host.take.remote(range(first, first + 2), near, recorder, reader, share))
+    foreign = [share for shares in ray.get(taken, timeout=120) for share in shares]
+    print(f"near {near}: {foreign}")
+    assert max(foreign) < 0.3 if near else max(foreign) > 0.3
 
 
 @pytest.mark.slow
