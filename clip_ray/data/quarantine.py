@@ -7,8 +7,9 @@ read by people who need not be allowed to see the data.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -47,3 +48,18 @@ def summarise(rows: Iterable[BadSample], reasons: int = 3, examples: int = 2) ->
     if rest:
         lines.append(f"{rest} for {len(ranked) - reasons} other reasons")
     return "\n".join(lines)
+
+
+def count_reasons(
+    rows: Iterable[Mapping[str, Any]], steps: Iterable[Mapping[str, Any]]
+) -> dict[str, int]:
+    """Return how many rows were void, by reason, the most frequent first.
+
+    Args:
+        rows: of the quarantine file; their `step` is the number of steps done before.
+        steps: rows of the journal of the steps that count: what another attempt has recomputed is
+            in the quarantine file twice.
+    """
+    counted = {(row["attempt"], row["step"]) for row in steps}
+    counts = Counter(r["reason"] for r in rows if (r["attempt"], r["step"] + 1) in counted)
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))

@@ -12,6 +12,7 @@ import ray
 
 from clip_ray import model as models
 from clip_ray.config import Config
+from clip_ray.data.quarantine import count_reasons
 from clip_ray.errors import CheckpointError
 from clip_ray.eval.evaluate import evaluate
 from clip_ray.eval.holdout import evaluate_holdout
@@ -147,6 +148,7 @@ def summarize(
         "recoveries": recoveries(rows, events),
         "recomputed_steps": len(rows) - len(line),
         "bad_samples": progress.bad,
+        "bad_reasons": count_reasons(read_journal(run.store, "quarantine"), line),
         "truncated_captions": progress.truncated,
         "skipped_steps": progress.skipped,
         "checkpoint": checkpoints.uri(commit),

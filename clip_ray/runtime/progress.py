@@ -18,6 +18,7 @@ from clip_ray.train.rundir import Run
 LINE_S = 10.0  # seconds between lines where the terminal cannot be rewritten
 WARN_SAMPLES = 100  # before this a share of captions says little
 MAX_TRUNCATED = 0.05
+MAX_NAMED = 5  # shards that are lost for one reason
 ETA_STEPS = 10  # before this the first steps' warm-up would dominate
 
 
@@ -141,7 +142,7 @@ class ProgressLine:
         self._first_step = start_step
         self._shown = 0.0
         self._commit: int | None = start_step or None
-        self._bad = 0
+        self._named: set[tuple[str, str]] = set()
         self._warned = False
         self._open = False
 
@@ -150,13 +151,17 @@ class ProgressLine:
         self._commit = step
 
     def bad(self, row: Row) -> None:
-        """Note an undecodable sample; the first is named."""
-        self._bad += 1
-        if self._bad == 1:
-            self.note(
-                f"bad sample: {row['key']} in {row['shard']}: {row['reason']} (void; further ones "
-                "are counted and listed in quarantine.jsonl)"
-            )
+        """Note a void sample; the first of each reason is named, and shards that are lost."""
+        reason = row["reason"]
+        lost = reason.startswith(("shard-", "sidecar-"))  # a whole shard, not a sample of it
+        what = (reason, row["shard"] if lost else "")
+        if what in self._named or sum(r == reason for r, _ in self._named) >= MAX_NAMED:
+            return
+        self._named.add(what)
+        self.note(
+            f"bad {'shard' if lost else 'sample'}: {row['key']} in {row['shard']}: {reason} (void; "
+            "further ones are counted and listed in quarantine.jsonl)"
+        )
 
     def _warn_of_truncation(self, row: Row) -> None:
         seen = (row["step"] - self._first_step) * self._run.config.train.global_batch

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from clip_ray.data.quarantine import count_reasons
 from clip_ray.errors import ClipRayError, StorageError
 from clip_ray.registry import register
 from clip_ray.tracking import RUN_DIR, TrackedRun, Tracker, source_version
@@ -70,7 +71,7 @@ def publish(run: Run, tracker: Tracker, summary: Row, say: Say) -> Row:
         }
         tracker.log_metrics(numbers, summary["steps"])
     faults = as_metrics(summary["ettr"], summary.get("recoveries", {}))
-    tracker.log_metrics(faults, summary["steps"])
+    tracker.log_metrics(faults | _bad_metrics(summary.get("bad_reasons", {})), summary["steps"])
     for file in run.store.child("figures").files():
         tracker.log_figure(run.store.read(f"figures/{file}"), f"figures/{file}")
     run_id = tracker.wait_run_id(RUN_ID_TIMEOUT_S)
@@ -87,13 +88,19 @@ def publish(run: Run, tracker: Tracker, summary: Row, say: Say) -> Row:
     return summary
 
 
+def _bad_metrics(reasons: dict[str, int]) -> dict[str, float]:
+    return {f"bad/{reason}": float(count) for reason, count in reasons.items()}
+
+
 def publish_faults(run: Run, tracker: Tracker) -> None:
-    """Send what faults have cost so far a run that has not reached its end."""
+    """Send what faults and bad samples have cost a run that has not reached its end."""
     with contextlib.suppress(StorageError):
         rows, events = (list(read_journal(run.store, name)) for name in ("metrics", "events"))
         if rows:
             faults = as_metrics(time_in_steps(rows, events), recoveries(rows, events))
-            tracker.log_metrics(faults, rows[-1]["step"])
+            line = lineage(rows, Checkpoints(run.store).starts())
+            bad = _bad_metrics(count_reasons(read_journal(run.store, "quarantine"), line))
+            tracker.log_metrics(faults | bad, rows[-1]["step"])
 
 
 def close_tracker(run: Run, tracker: Tracker, status: str, summary: Row | None, say: Say) -> None:

@@ -240,7 +240,7 @@ def _raise_failure(result: Result, run: Run) -> None:
     progress = result.outcome.progress
     if result.outcome.reason == "bad-data":
         rows = list(read_journal(run.store, "quarantine"))
-        bad = [BadSample(r["key"], r["reason"]) for r in rows]
+        bad = [BadSample(r["key"], r["reason"], shard=r["shard"]) for r in rows]
         seen = progress.step * run.config.train.global_batch
         raise DataError(
             f"{progress.bad} of {seen} samples are undecodable, more than data.max_bad_fraction "

@@ -17,7 +17,6 @@ from clip_ray.data.indexing import Job, Outcome
 from clip_ray.data.manifest import Manifest, build_manifest, equals
 from clip_ray.data.manifest_file import load_manifest, save_manifest, to_bytes
 from clip_ray.data.plan import Plan
-from clip_ray.data.quarantine import BadSample, summarise
 from clip_ray.data.samples import skip
 from clip_ray.data.shards import Sample, fraction_of, read_ordinals
 from clip_ray.errors import ConfigError, DataError
@@ -343,17 +342,6 @@ def test_sources_on_s3_and_key_lists_there(folder: Path, s3: S3Options) -> None:
     assert built.shard(0).path == "s3://bucket/manifest/00000.tar"
     with pytest.raises(DataError, match="bucket 'no-such' does not exist"):
         build_manifest(config("s3://no-such/x/", s3=s3))
-
-
-def test_a_summary_names_the_top_reasons_with_examples() -> None:
-    rows = [BadSample(f"k{i}", "truncated", "cut", "s.tar") for i in range(5)]
-    rows += [BadSample("q", "aspect"), BadSample("r", "aspect"), BadSample("s", "empty")]
-    assert summarise(rows, reasons=2) == (
-        "5 x truncated: k0 in s.tar (cut); k1 in s.tar (cut)\n"
-        "2 x aspect: q; r\n"
-        "1 for 1 other reasons"
-    )
-    assert summarise([]) == ""
 
 
 def test_a_plan_holds_at_most_64_bytes_a_shard() -> None:

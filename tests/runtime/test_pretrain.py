@@ -306,6 +306,7 @@ def test_too_many_bad_images_stop_the_run(jobs, tmp_path):
     flags = ("--data.sources", str(data), "--data.holdout", "0", "--train.steps", "100")
     output = jobs.run("bad", *flags, code=2)
     assert "samples are undecodable, more than data.max_bad_fraction 0.05 allows" in output
+    assert f" in {data}; " in output  # the examples name their shard
     assert "truncated" in output and "quarantine.jsonl" in output
     assert jobs.rows("bad")[-1]["step"] < 100
 
@@ -383,6 +384,7 @@ def test_everything_on_s3_and_bad_images_void_counted_and_named(jobs, s3, tmp_pa
     assert summary["steps"] == 60 and summary["attempts"] == 2
     assert "bad sample: 00" in output
     assert summary["bad_samples"] == 30  # fifteen passes over two bad samples
+    assert summary["bad_reasons"] == {"truncated": 30}
     assert {row["key"] for row in read_journal(run, "quarantine")} == {"0003", "0077"}
     assert run.exists("metrics.jsonl") and run.exists("quarantine.jsonl")
     line = lineage(read_journal(run, "metrics"))

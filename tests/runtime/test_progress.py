@@ -62,6 +62,26 @@ def test_few_truncated_captions_are_no_warning():
     assert "captions" not in out.getvalue()
 
 
+def test_the_first_bad_sample_of_each_reason_and_lost_shards_are_named():
+    line, out = make_line()
+
+    def bad(key: str, shard: str, reason: str) -> None:
+        line.bad({"key": key, "shard": shard, "reason": reason})
+
+    bad("a", "0.tar", "truncated")
+    bad("b", "1.tar", "truncated")
+    bad("c", "1.tar", "aspect")
+    for number in range(9):  # the second sample of a lost shard says nothing new
+        bad("#0", f"{number}.tar", "shard-missing")
+        bad("#1", f"{number}.tar", "shard-missing")
+    said = [text.partition(" (void")[0] for text in out.getvalue().splitlines()]
+    assert said == [
+        "! bad sample: a in 0.tar: truncated",
+        "! bad sample: c in 1.tar: aspect",
+        *(f"! bad shard: #0 in {number}.tar: shard-missing" for number in range(5)),
+    ]
+
+
 def test_a_loss_that_is_not_finite_and_bad_samples_show():
     line, out = make_line()
     line.bad({"key": "cat", "shard": "a.tar", "reason": "truncated"})
