@@ -51,12 +51,14 @@ serve-down: install  ## end what make serve started, from another terminal
 N ?= 3
 CPUS ?= 2
 GPUS ?= 0
+# Its state and logs; several clusters stand side by side in several folders.
+CLUSTER ?= runs/cluster
 
 cluster-up: install  ## a Ray of several nodes on this machine (N=3 CPUS=2 GPUS=0, as declared)
-	@$(BIN)/python cluster/local.py up --nodes $(N) --cpus $(CPUS) --gpus $(GPUS)
+	@$(BIN)/python cluster/local.py up --nodes $(N) --cpus $(CPUS) --gpus $(GPUS) --folder $(CLUSTER)
 
 cluster-down: install  ## end that one, and no other Ray
-	@$(BIN)/python cluster/local.py down
+	@$(BIN)/python cluster/local.py down --folder $(CLUSTER)
 
 package: install  ## the code as a zip for working_dir, for clusters without our image (DEST=...)
 	@$(BIN)/python cluster/package.py --dest "$(DEST)"

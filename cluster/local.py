@@ -1,9 +1,9 @@
 """A real Ray of several nodes on this machine: `make cluster-up N=3`, `make cluster-down`.
 
-Each node is a raylet of its own with the CPUs and GPUs that it is told to have; ports, temporary
-directory and token are this cluster's alone. The dashboard listens on loopback, Ray's own ports on
-the machine's address, which Ray puts in the place of any other. What was started is written down
-with its time of start: only that is ended, no other Ray on the machine is touched.
+Each node is a raylet of its own with the CPUs and GPUs that it is told to have, and a temporary
+directory of its own; ports and token are this cluster's alone. The dashboard listens on loopback,
+Ray's own ports on the machine's address, which Ray puts in the place of any other. What was started
+is written down with its time of start: only that is ended, no other Ray on the machine is touched.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ from clip_ray.errors import ClipRayError, ClusterError, ConfigError  # noqa: E40
 from clip_ray.runtime import processes  # noqa: E402
 
 HOST = "127.0.0.1"
+FOLDER = Path("runs/cluster")
 STATE = "cluster.json"
 START_S = 120.0
 END_S = 40.0  # Ray drains a node for up to 30 s; then what is left is killed
 STARTED = b"Ray runtime started."  # what `ray start` says when the node has joined
 RAY = Path(sys.executable).with_name("ray")
+MLFLOW_PORT = 5000
 OBJECT_STORE_BYTES = 256 * 1024**2
 
 
@@ -46,7 +48,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--nodes", type=int, default=3, help="nodes, the head among them")
     parser.add_argument("--cpus", type=int, default=2, help="CPUs that each says it has")
     parser.add_argument("--gpus", type=int, default=0, help="GPUs that each but the head says so")
-    parser.add_argument("--folder", type=Path, default=Path("runs/cluster"), help="state and logs")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="state and logs")
     own = parser.parse_args(argv)
     try:
         if own.what == "down":
@@ -58,7 +60,7 @@ def main(argv: list[str]) -> int:
                 "1, 1 and 0"
             )
         state = start(own.folder, own.nodes, own.cpus, own.gpus)
-        print(described(state, own.nodes, own.cpus, own.gpus))
+        print(described(state, own.folder, own.nodes, own.cpus, own.gpus))
     except ClipRayError as error:
         print(f"cluster: {error}", file=sys.stderr)
         return 2
@@ -108,8 +110,11 @@ def start(folder: Path, nodes: int, cpus: int, gpus: int, ray: Path = RAY) -> di
     try:
         _start_node(ray, folder, state, "head", [*head, f"--num-cpus={cpus}", "--num-gpus=0"])
         for number in range(1, nodes):
+            name = f"node-{number}"
             more = [f"--address={state['address']}", f"--num-cpus={cpus}", f"--num-gpus={gpus}"]
-            _start_node(ray, folder, state, f"node-{number}", more)
+            # In one directory each would unpack a job's code anew, over that which runs.
+            more += [f"--temp-dir={state['temp']}/{name}"]
+            _start_node(ray, folder, state, name, more)
     except BaseException:
         down(folder)
         raise
@@ -156,17 +161,21 @@ def environment(state: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def described(state: dict[str, Any], nodes: int, cpus: int, gpus: int) -> str:
+def described(state: dict[str, Any], folder: Path, nodes: int, cpus: int, gpus: int) -> str:
     """Say how the cluster is reached."""
     declared = f"{cpus} CPUs each" + (f", {gpus} GPUs on each but the head" if gpus else "")
     exports = " ".join(f"{name}={value}" for name, value in environment(state).items())
+    mlflow = f"http://{HOST}:{MLFLOW_PORT}"
+    which = "" if folder == FOLDER else f" CLUSTER={folder}"
     return (
         f"{nodes} nodes with {declared} (as declared), head {state['address']}\n"
         f"  export {exports}\n"
         f"  ray status\n"
+        f"  python jobs/ui.py --create --port {MLFLOW_PORT}   # an MLflow for it, in another "
+        "terminal: sqlite is for one node\n"
         f"  ray job submit --address {state['dashboard']} --working-dir . -- "
-        f"python jobs/pretrain.py --run.storage {ROOT / 'runs'}\n"
-        f"  make cluster-down"
+        f"python jobs/pretrain.py --run.storage {ROOT / 'runs'} --tracking.uri {mlflow}\n"
+        f"  make cluster-down{which}"
     )
 
 
@@ -193,6 +202,8 @@ def _start_node(
     with open(log_path, "wb") as log:
         node = subprocess.Popen(
             command,
+            # Not the checkout: a job has the code that it brings, as on other clusters.
+            cwd=folder,
             env=env | ours | {"RAY_JOB_STOP_WAIT_TIME_S": "60"},
             stdin=subprocess.DEVNULL,
             stdout=log,
