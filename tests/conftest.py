@@ -1,4 +1,4 @@
-"""Fixtures that several tests share: an S3 server of our own."""
+"""Fixtures that several tests share: an S3 server of our own, a browser."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from clip_ray.config import S3Options
+from tests.browser import Browser, find_chromium
 
 BUCKET = "bucket"
 _START_S = 60
@@ -46,6 +47,20 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Options]:
         finally:
             server.kill()
             server.wait(10)
+
+
+@pytest.fixture(scope="module")
+def browser(request: pytest.FixtureRequest) -> Iterator[Browser]:
+    """A headless Chromium; where none is on PATH the tests that want it are skipped together."""
+    executable = find_chromium()
+    if executable is None:
+        lost = [i for i in request.session.items if "browser" in getattr(i, "fixturenames", ())]
+        reason = f"no Chromium on PATH: {len(lost)} browser tests skipped"
+        for item in lost:  # the summary folds what is skipped by a mark into one line
+            item.add_marker(pytest.mark.skip(reason=reason))
+        pytest.skip(reason)
+    with Browser(executable) as running:
+        yield running
 
 
 def _wait(endpoint: str, server: subprocess.Popen[bytes], log: Path) -> None:

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -170,6 +171,31 @@ async def load(
 
         await asyncio.gather(*([arrivals()] if rate else [client() for _ in range(clients)]))
     return seen
+
+
+@contextmanager
+def loaded(url: str, bodies: list[dict[str, Any]], **how: float) -> Iterator[Callable[[], Load]]:
+    """Keep a load on during the block; the yielded function ends it and returns what it saw."""
+    stop = asyncio.Event()
+    loop = asyncio.new_event_loop()
+    result: list[Load] = []
+
+    def run() -> None:
+        result.append(loop.run_until_complete(load(url, bodies, stop, **how)))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+
+    def end() -> Load:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(60)
+        return result[0]
+
+    try:
+        yield end
+    finally:
+        if thread.is_alive():
+            end()
 
 
 def features_of(document: dict[str, Any]) -> np.ndarray:

@@ -24,7 +24,7 @@ from PIL import Image
 from clip_ray import keys
 from clip_ray.registry import ServedModel, Target
 from serve import pages
-from tests.browser import Browser, Page, find_chromium
+from tests.browser import Browser, Page
 from tests.serve.models import export
 from tests.serve.support import Site, data_uri, running
 
@@ -90,19 +90,6 @@ def image_bytes(data_uri: str) -> bytes:
     head, _, data = data_uri.partition(",")
     assert re.fullmatch(r"data:image/jpeg;base64", head), head
     return base64.b64decode(data)
-
-
-@pytest.fixture(scope="module")
-def browser(request: pytest.FixtureRequest) -> Iterator[Browser]:
-    executable = find_chromium()
-    if executable is None:
-        lost = [i for i in request.session.items if "browser" in getattr(i, "fixturenames", ())]
-        reason = f"no Chromium on PATH: {len(lost)} browser tests skipped"
-        for item in lost:  # the summary folds what is skipped by a mark into one line
-            item.add_marker(pytest.mark.skip(reason=reason))
-        pytest.skip(reason)
-    with Browser(executable) as running:
-        yield running
 
 
 class Visit:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import httpx
 import psutil
@@ -20,7 +17,7 @@ from PIL import Image
 from clip_ray.registry import ServedModel, store_model
 from clip_ray.runtime.serving import successor
 from tests.runtime import serving_driver as driver
-from tests.serve.live import Load, deployed, load, until
+from tests.serve.live import deployed, loaded, until
 from tests.serve.models import export, picture
 from tests.serve.support import data_uri, offline
 
@@ -38,31 +35,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[ServedModel]:
     return [export(folder / str(seed), seed, str(seed)) for seed in (1, 2)]
 
 
-@contextmanager
-def loaded(url: str, **how: float) -> Iterator[Callable[[], Load]]:
-    """Keep a load on during the block; the yielded function ends it and returns what it saw."""
-    stop = asyncio.Event()
-    loop = asyncio.new_event_loop()
-    result: list[Load] = []
-
-    def run() -> None:
-        result.append(loop.run_until_complete(load(url, BODIES, stop, **how)))
-
-    thread = threading.Thread(target=run)
-    thread.start()
-
-    def end() -> Load:
-        loop.call_soon_threadsafe(stop.set)
-        thread.join(60)
-        return result[0]
-
-    try:
-        yield end
-    finally:
-        if thread.is_alive():
-            end()
-
-
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_a_promotion_under_load_fails_no_request_and_mixes_no_versions(tmp_path, models, replicas):
     count = str(replicas)
@@ -70,7 +42,7 @@ def test_a_promotion_under_load_fails_no_request_and_mixes_no_versions(tmp_path,
     flags += ["--serve.cpus", "0.5", "--serve.name", "clip"]
     with (
         deployed(tmp_path, models[0], *flags) as live,
-        loaded(live.url, clients=4, pause_s=0.02) as end,
+        loaded(live.url, BODIES, clients=4, pause_s=0.02) as end,
     ):
         time.sleep(8)
         promoted_at = time.monotonic()
@@ -103,7 +75,10 @@ def test_a_promotion_under_load_fails_no_request_and_mixes_no_versions(tmp_path,
 def test_a_killed_replica_loses_only_what_it_had_in_flight(tmp_path, models):
     clients = 8
     flags = ["--serve.min_replicas", "2", "--serve.max_replicas", "2", "--serve.cpus", "0.5"]
-    with deployed(tmp_path, models[0], *flags) as live, loaded(live.url, clients=clients) as end:
+    with (
+        deployed(tmp_path, models[0], *flags) as live,
+        loaded(live.url, BODIES, clients=clients) as end,
+    ):
         time.sleep(4)
         victim = sorted(live.ask(driver.confirmed).values())[0]
         os.kill(victim, signal.SIGKILL)
@@ -132,7 +107,7 @@ def test_the_autoscaler_follows_an_open_load_without_an_error(tmp_path, models):
             return counts[-1]
 
         assert replicas() == 1
-        with loaded(live.url, rate=60) as end:
+        with loaded(live.url, BODIES, rate=60) as end:
             up = until(lambda: replicas() == 2, 90, "the autoscaler added no replica")
             time.sleep(3)
             seen = end()
