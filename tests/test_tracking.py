@@ -1,5 +1,6 @@
 """The sink: MLflow's series equals the journal after every kind of outage, and nobody waits."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -383,12 +384,44 @@ def black_hole() -> socket.socket:
     return listener
 
 
-@pytest.mark.parametrize("kind", ["refused", "black hole"])
+class Answers:
+    """A server that answers every request with 500, or with a body that takes hours."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.requests = kind, 0
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            try:
+                client, _ = self.listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client):
+        with client, contextlib.suppress(OSError):
+            client.recv(65536)
+            self.requests += 1
+            if self.kind == "500":
+                client.sendall(
+                    b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+                )
+                return
+            client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+            while self.listener.fileno() >= 0:
+                client.sendall(b" ")  # in time for each read, and never done
+                time.sleep(0.1)
+
+
+@pytest.mark.parametrize("kind", ["refused", "black hole", "500", "slow"])
 def test_a_dead_server_makes_nobody_wait(storage, journal, monkeypatch, kind):
     import mlflow  # noqa: F401 - its import holds the interpreter; the recorder has its own
 
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
-    listener = black_hole()
+    server = Answers(kind) if kind in ("500", "slow") else None
+    listener = black_hole() if server is None else server.listener
     port = listener.getsockname()[1]
     if kind == "refused":
         listener.close()
@@ -406,6 +439,7 @@ def test_a_dead_server_makes_nobody_wait(storage, journal, monkeypatch, kind):
     start = time.perf_counter()
     assert not sink.finish("FINISHED", 0.5)
     assert time.perf_counter() - start < 1.5
+    assert server is None or server.requests > 0
     listener.close()
     # MLflow is back, elsewhere: the next start of the run catches up.
     late = tracker(storage, journal)
@@ -486,7 +520,11 @@ def test_source_version(tmp_path):
 
 
 class Gate:
-    """A TCP proxy in front of a server: pass, hole (no answer), cut (the answer is dropped)."""
+    """A TCP proxy in front of a server.
+
+    Modes: pass, hole (no answer), cut (the answer is dropped), 500 (that is the answer), slow (a
+    second passes before each piece of it).
+    """
 
     def __init__(self, target: int) -> None:
         self.target, self.mode = target, "hole"
@@ -509,6 +547,11 @@ class Gate:
             while data := source.recv(65536):
                 if self.mode == "hole" or (self.mode == "cut" and direction == "down"):
                     continue
+                if self.mode == "500" and direction == "up":
+                    source.sendall(b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n")
+                    continue
+                if self.mode == "slow" and direction == "down":
+                    time.sleep(1)
                 sink.sendall(data)
         except OSError:
             pass
@@ -537,7 +580,9 @@ def test_a_real_server_behind_a_bad_network(tmp_path, storage, journal, monkeypa
         config = TrackingConfig(uri=f"http://127.0.0.1:{gate.port}", flush_s=0.2)
         sink = tracker(storage, journal, config=config)
         sink.log_figure(b"png", "figures/x.png")
-        for turn, mode in enumerate(["hole", "pass", "cut", "pass", "hole", "pass"]):
+        for turn, mode in enumerate(
+            ["hole", "pass", "cut", "pass", "500", "pass", "slow", "hole", "pass"]
+        ):
             gate.mode = mode
             sink.offer(journal.write(records(20 * turn, 20 * turn + 20)))
             time.sleep(6)
