@@ -59,6 +59,7 @@ def fit_run(
     tracker: Tracker,
     stop: Signals,
     start_step: int,
+    inbox: Inbox,
 ) -> Result:
     """Train with one group of workers after the other until the run ends.
 
@@ -71,7 +72,6 @@ def fit_run(
         ClusterError: a lost worker was not replaced in time.
     """
     line = ProgressLine(run, start_step, sys.stderr)
-    inbox = Inbox(run.store)
     watch = Watch(run, recorder, tracker, line, inbox)
     driver, fruitless = uuid.uuid4().hex, 0
     most = run.config.cluster.max_fruitless_attempts
@@ -216,7 +216,7 @@ class _Group:
         self._room = Room(config.cluster, share)
         self._stragglers = Stragglers()
         self._begun, self._overdue = time.time(), Overdue()
-        self._asked = self._hung = False
+        self._asked = self._hung = self._trained = False
 
     def follow(self) -> Result | BaseException:
         """Return how the group ended, or what ended it."""
@@ -237,8 +237,14 @@ class _Group:
             deadline = float("inf")
             while thread.is_alive():
                 thread.join(timeout=POLL_S)
-                self._health.took(self._watch.poll())
+                rows = self._watch.poll()
+                self._health.took(rows)
+                pulses = self._watch.pulses(self._name)
+                self._trained = self._trained or bool(rows) or any(p.steps for p in pulses)
                 ender = self._stop.name or self._watch.asked_to_end()
+                if ender and not self._trained:
+                    self._watch.note(f"{ender}: no step was done yet; stopping")
+                    return Result(Outcome("stopped", Progress(0, self._run.plan.digest)))
                 if ender and deadline == float("inf"):
                     deadline = time.monotonic() + STOP_TIMEOUT_S
                     again = "again" if self._stop.received else "Ctrl-C twice"
@@ -251,7 +257,6 @@ class _Group:
                     raise TrainingError(
                         f"{ender}: no commit within {STOP_TIMEOUT_S:g} s; stopped without"
                     )
-                pulses = self._watch.pulses(self._name)
                 self._watch_workers(pulses)
                 late = self._overdue.why(pulses)
                 if late:

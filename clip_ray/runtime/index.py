@@ -22,13 +22,19 @@ SILENT_BELOW = 8  # shards that are indexed before a bar could be read
 _SHOWN = 5  # shards named in one line
 
 
-def index_data(data: DataConfig, store: Store, say: Callable[[str], None]) -> Manifest:
+def index_data(
+    data: DataConfig,
+    store: Store,
+    say: Callable[[str], None],
+    check: Callable[[], None] = lambda: None,
+) -> Manifest:
     """Return the manifest of the configured sources; shows a bar and says what was found.
 
     Args:
         data: the sources.
         store: the run's directory: an index that was interrupted goes on from what it left there.
         say: prints a line.
+        check: called after each shard; what it raises ends the indexing.
 
     Raises:
         DataError: see `data.manifest.build_manifest`.
@@ -36,7 +42,12 @@ def index_data(data: DataConfig, store: Store, say: Callable[[str], None]) -> Ma
     """
     earlier = read_earlier(store, data, say)
     with _Bar() as bar:
-        manifest = build_manifest(data, _over_the_cluster, bar.show, earlier)
+
+        def show(done: int, total: int) -> None:
+            check()
+            bar.show(done, total)
+
+        manifest = build_manifest(data, _over_the_cluster, show, earlier)
     say(_summary(manifest, earlier))
     for group in manifest.same_keys()[:_SHOWN]:
         names = ", ".join(manifest.paths.text(row) for row in group[:_SHOWN])

@@ -7,6 +7,7 @@ run has reached is what its directory says (`train.checkpoint`).
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,12 +48,13 @@ from clip_ray.runtime.recorder import Recorder, send_event
 from clip_ray.runtime.signals import Signals, owned_signals
 from clip_ray.runtime.worker import Result
 from clip_ray.storage import LocalStore, Store, open_store
-from clip_ray.tracking import Tracker, default_tracking_uri
+from clip_ray.tracking import default_tracking_uri
 from clip_ray.train.abandoned import end_abandoned_in_background
 from clip_ray.train.checkpoint import Checkpoints
 from clip_ray.train.initial import initial_weights
 from clip_ray.train.journal import Row, read_journal
 from clip_ray.train.lease import held_lease
+from clip_ray.train.requests import Inbox
 from clip_ray.train.rundir import Run, claim, prepare, read_summary, run_store
 
 Say = Callable[[str], None]
@@ -122,28 +124,59 @@ def pretrain(config: Config, command: list[str], say: Say = print) -> Ended:
         ClipRayError: what kept the run from starting or from ending.
     """
     config = resolve(config)
-    tracking_uri = default_tracking_uri(config.tracking.uri, config.run.storage)
     store = run_store(config)
-    with owned_signals() as stop, held_lease(store, say) as lease_lost:
+    with owned_signals() as stop, held_lease(store) as lease_lost:
         if claim(store, config):
             say(f"run {config.run.name} exists in {store.uri}")
         done = _finished(store, config, say)
         if done is not None:
             return Ended(done)
-        config, gpu = fit_to_gpus(config, say)
-        token_dir = Path(store.uri) if isinstance(store, LocalStore) else ray_temp()
-        say("starting Ray" if is_local(config.cluster) else "connecting to Ray")
-        with connected(config, gpu, token_dir) as share:
-            # Ray has put its own handler of SIGTERM in place of ours.
-            stop.own()
-            stop.lease_lost = lease_lost
-            check_storage(config.run.storage, tracking_uri)
-            run = prepare(store, config, lambda: index_data(config.data, store, say), say)
-            if config.init.weights is not None and not Checkpoints(store).commits():
-                # What does not fit is refused here, before any worker starts.
-                _, digest = initial_weights(run.config, run.tokenizer, store)
-                say(f"beginning from {config.init.weights} (digest {digest[:12]})")
-            return _run_job(run, share, command, stop, say)
+        with contextlib.closing(Inbox(store)) as inbox:
+            try:
+                return _start(config, store, command, stop, lease_lost, inbox, say)
+            except _AskedToEndError as asked:
+                say(f"asked by {asked}: ended before training began")
+                return Ended(_stopped(store, None, command, say))
+
+
+def _start(
+    config: Config,
+    store: Store,
+    command: list[str],
+    stop: Signals,
+    lease_lost: threading.Event,
+    inbox: Inbox,
+    say: Say,
+) -> Ended:
+    """Start Ray, prepare the run, and run it; the lease is held."""
+
+    def check() -> None:
+        inbox.take()
+        if inbox.stop_by:
+            raise _AskedToEndError(inbox.stop_by)
+
+    config, gpu = fit_to_gpus(config, say)
+    token_dir = Path(store.uri) if isinstance(store, LocalStore) else ray_temp()
+    say("starting Ray" if is_local(config.cluster) else "connecting to Ray")
+    check()
+    with connected(config, gpu, token_dir) as share:
+        # Ray has put its own handler of SIGTERM in place of ours.
+        stop.own()
+        stop.lease_lost = lease_lost
+        check()
+        tracking_uri = default_tracking_uri(config.tracking.uri, config.run.storage)
+        check_storage(config.run.storage, tracking_uri)
+        run = prepare(store, config, lambda: index_data(config.data, store, say, check), say)
+        check()
+        if config.init.weights is not None and not Checkpoints(store).commits():
+            # What does not fit is refused here, before any worker starts.
+            _, digest = initial_weights(run.config, run.tokenizer, store)
+            say(f"beginning from {config.init.weights} (digest {digest[:12]})")
+        return _run_job(run, share, command, stop, inbox, say)
+
+
+class _AskedToEndError(Exception):
+    """Somebody asked for the run's end before training began; who, is its text."""
 
 
 def _finished(store: Store, config: Config, say: Say) -> Row | None:
@@ -164,7 +197,9 @@ def _no_manifest() -> Manifest:
     raise AssertionError("the caller has checked that the manifest is there")
 
 
-def _run_job(run: Run, share: Share, command: list[str], stop: Signals, say: Say) -> Ended:
+def _run_job(
+    run: Run, share: Share, command: list[str], stop: Signals, inbox: Inbox, say: Say
+) -> Ended:
     recorder = _start_recorder(run)
 
     def flush() -> None:
@@ -181,12 +216,15 @@ def _run_job(run: Run, share: Share, command: list[str], stop: Signals, say: Say
         start_step = _start_step(run)
         say(start_block(run, share, start_step, tracker.uri, command))
         if start_step < run.total_steps:
-            result = fit_run(run, share, recorder, tracker, stop, start_step)
+            result = fit_run(run, share, recorder, tracker, stop, start_step, inbox)
             _raise_failure(result, run)
             assert result.outcome is not None
             if result.outcome.reason == "stopped":
                 status = "KILLED"
-                return Ended(_stopped(run, tracker, command, say), stop.received)
+                return Ended(
+                    _stopped(run.store, run.total_steps, command, say) | {"run_id": tracker.run_id},
+                    stop.received,
+                )
         digest = export_model(run, tracker.wait_run_id(RUN_ID_TIMEOUT_S))
         say(f"exported: {run.store.uri}/export (digest {digest[:12]})")
         results, figures = evaluate_model(run, share, say)
@@ -260,12 +298,12 @@ def _raise_failure(result: Result, run: Run) -> None:
         )
 
 
-def _stopped(run: Run, tracker: Tracker, command: list[str], say: Say) -> Row:
-    commits = Checkpoints(run.store).commits()
+def _stopped(store: Store, total_steps: int | None, command: list[str], say: Say) -> Row:
+    commits = Checkpoints(store).commits()
     step = commits[-1].step if commits else 0
     say(
-        f"stopped at step {step} of {run.total_steps}; "
+        f"stopped at step {step}{'' if total_steps is None else f' of {total_steps}'}; "
         f"{f'committed: {commits[-1].name}' if commits else 'nothing is committed yet'}\n"
         f"to resume: {' '.join(command)}"
     )
-    return {"status": "stopped", "steps": step, "run_id": tracker.run_id}
+    return {"status": "stopped", "steps": step}

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -13,10 +17,13 @@ from clip_ray.config import ClusterConfig
 from clip_ray.errors import ClusterError, StorageError, TrainingError
 from clip_ray.runtime import cluster, fit
 from clip_ray.runtime.cluster import Share
+from clip_ray.runtime.pulse import Pulse
 from clip_ray.runtime.signals import Signals
 from clip_ray.runtime.worker import Result
 from clip_ray.train.hooks import Outcome
+from clip_ray.train.journal import Row
 from clip_ray.train.state import Progress
+from tests.train.test_loop import make_run
 
 DOWN = StorageError("s3://bucket/run: no answer")
 FINISHED = Result(Outcome("finished", Progress(8, "plan")))
@@ -50,8 +57,7 @@ class World:
         self.watch = MagicMock()
         self.watch.asked_to_end.return_value = ""
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
-        for name in ("ProgressLine", "Inbox"):
-            monkeypatch.setattr(fit, name, MagicMock())
+        monkeypatch.setattr(fit, "ProgressLine", MagicMock())
         monkeypatch.setattr(fit, "Watch", lambda *arguments: self.watch)
         monkeypatch.setattr(fit, "_Group", self._group)
         monkeypatch.setattr(fit, "_newest_commit", self._newest)
@@ -62,7 +68,8 @@ class World:
         monkeypatch.setattr(fit.time, "sleep", self._sleep)
 
     def fit(self) -> Result:
-        return fit.fit_run(self.run, self.share, MagicMock(), MagicMock(), self.stop, 0)
+        others = (MagicMock(), MagicMock(), self.stop, 0, MagicMock())
+        return fit.fit_run(self.run, self.share, *others)
 
     def _group(self, run: Any, share: Share, *others: Any) -> World:
         self.shares.append(share.num_workers)
@@ -216,3 +223,76 @@ def test_a_range_goes_on_with_those_that_are_left(world, nodes):
     assert world.fit() is FINISHED
     assert world.shares == [2, 1] and world.waited_s == 0
     assert world.notes == ["1 workers in the place of 2"]
+
+
+class Group:
+    """A real group whose Ray Train, recorder and workers are made up."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        self.returns = threading.Event()  # Ray Train's fit() does then
+        self.rows: list[Row] = []
+        self.pulses: list[Pulse] = []
+        self.recorder, self.watch, self.stop = MagicMock(), MagicMock(), Signals()
+        self.watch.poll.side_effect = lambda: self.rows
+        self.watch.pulses.side_effect = lambda group: self.pulses
+        self.watch.asked_to_end.return_value = ""
+        for method in ("compared", "slow", "hang"):
+            getattr(self.watch, method).side_effect = AssertionError(method)
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        monkeypatch.setattr(fit, "POLL_S", 0.01)
+        monkeypatch.setattr(fit.ray, "put", lambda reader: "reader")
+        monkeypatch.setattr(fit._Group, "_trainer", lambda group, scratch: self)
+        run, share = make_run(folder), Share(1, 1, 0, 1, threads=1)
+        self.made = fit._Group(run, share, self.recorder, "driver", self.watch, self.stop)
+
+    def fit(self) -> Any:
+        assert self.returns.wait(10), "never let go"
+        return SimpleNamespace(return_value=FINISHED)
+
+    @property
+    def asked(self) -> list[str]:
+        return [call.args[0] for call in self.recorder.ask.remote.call_args_list]
+
+
+@pytest.fixture
+def group(monkeypatch, tmp_path) -> Iterator[Group]:
+    made = Group(monkeypatch, tmp_path)
+    yield made
+    made.returns.set()
+
+
+STARTING = Pulse(0, 100, "node", "host")
+
+
+@pytest.mark.parametrize("pulses", [[], [STARTING], [replace(STARTING, phase="data_wait")]])
+def test_who_asks_for_the_end_before_the_first_step_waits_for_none(group, pulses):
+    group.pulses = pulses
+    group.watch.asked_to_end.return_value = "asked by ada"
+    found = group.made.follow()
+    assert found.outcome.reason == "stopped" and group.asked == []
+    group.watch.note.assert_called_once_with("asked by ada: no step was done yet; stopping")
+
+
+@pytest.mark.parametrize("sign", ["a row", "a pulse"])
+def test_after_a_step_the_ranks_are_asked_to_commit(group, sign):
+    group.rows = [{"step": 1, "step_s": 0.1}] if sign == "a row" else []
+    group.pulses = [replace(STARTING, phase="loss", steps=1)] if sign == "a pulse" else []
+    group.stop.received = signal.SIGTERM
+    group.recorder.ask.remote.side_effect = lambda word: group.returns.set()
+    assert group.made.follow() is FINISHED
+    assert set(group.asked) == {"stop"}
+
+
+def test_a_controller_that_says_nothing_is_killed_and_the_group_has_failed(group, monkeypatch):
+    killed = []
+    monkeypatch.setattr(
+        group.made._overdue, "why", lambda pulses: "the workers have ended for 91 s"
+    )
+    monkeypatch.setattr(fit, "job_actors", lambda name, since: [("node", 77)])
+    monkeypatch.setattr(fit, "signal_process", lambda *which: killed.append(which) or "killed")
+    monkeypatch.setattr(fit, "END_S", 0.1)
+    found = group.made.follow()
+    assert isinstance(found, TrainingError) and "for 91 s" in str(found)
+    assert killed == [("node", 77, signal.SIGKILL)]
+    (note,) = (call.args[0] for call in group.watch.note.call_args_list)
+    assert note.startswith("Ray Train's controller (process 77) hangs: the workers have ended")

@@ -97,6 +97,18 @@ def test_commits_on_request_and_the_command_to_resume(head, jobs):
 
 
 @pytest.mark.slow
+def test_a_job_that_starts_ends_before_it_trains(head, jobs):
+    run_dir = jobs.run_dir("early")
+    job = jobs.start("early", *LONG)
+    wait_for((run_dir / "config.yaml").exists, 120, "a job that has the run")
+    done = stop(head, str(run_dir))
+    assert done.returncode == 0, done.stdout + done.stderr
+    output = jobs.finish(job, code=0)
+    assert "the job has ended as asked; nothing is committed yet" in done.stdout
+    assert "stopped at step 0" in output and jobs.rows("early") == []
+
+
+@pytest.mark.slow
 def test_the_same_through_s3(head, jobs, s3, tmp_path):
     storage = f"s3://bucket/{tmp_path.name}"
     store = open_store(f"{storage}/asked", s3)
