@@ -379,9 +379,14 @@ class _Attempt:
         elif step == wanted[1] and self._profiler is not None:
             self._profiler.stop()
             run = open_store(self._job.run_uri, self._job.config.run.s3)
-            run.put(f"trace-{step:08d}.json", self._export_trace)
-            self._profiler = None
-            self.event("trace", step=step, uri=f"{run.uri}/trace-{step:08d}.json")
+            profiler, self._profiler = self._profiler, None
 
-    def _export_trace(self, path: Path) -> None:
-        self._profiler.export_chrome_trace(str(path))
+            def export(path: Path) -> None:
+                profiler.export_chrome_trace(str(path))
+
+            try:
+                run.put(f"trace-{step:08d}.json", export)
+            except OSError as error:  # a trace is not worth an attempt
+                self.event("trace_failed", step=step, why=str(error))
+                return
+            self.event("trace", step=step, uri=f"{run.uri}/trace-{step:08d}.json")

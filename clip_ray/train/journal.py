@@ -31,13 +31,12 @@ class Journal:
         self._run, self._name = run, name
         self._pending: list[str] = []
         self._part = b""  # a part that may have been written: it is tried again as it is
+        # Asked for when the first is written: a storage that is away keeps no journal from opening.
+        self._next_part: int | None = None
         self._path = Path(run.uri) / f"{name}.jsonl" if isinstance(run, LocalStore) else None
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             _cut_torn_line(self._path)
-        else:
-            parts = run.child(f"{name}.parts").files()
-            self._next_part = 1 + max((int(p.split(".")[0]) for p in parts), default=0)
 
     def append(self, rows: Iterable[Row]) -> None:
         """Add rows; they are durable after `flush`."""
@@ -73,6 +72,9 @@ class Journal:
             self._create_part()
 
     def _create_part(self) -> None:
+        if self._next_part is None:
+            parts = self._run.child(f"{self._name}.parts").files()
+            self._next_part = 1 + max((int(p.split(".")[0]) for p in parts), default=0)
         # Exclusively: a recorder that was thought dead must not write over its successor.
         self._run.create(f"{self._name}.parts/{self._next_part:08d}.jsonl", self._part)
         self._next_part += 1
@@ -81,8 +83,9 @@ class Journal:
     def join(self) -> None:
         """Write the whole journal under its stable name, where it is in parts."""
         self.flush()
-        if self._path is None and self._next_part > 1:
-            self._run.write(f"{self._name}.jsonl", b"".join(_parts(self._run, self._name)))
+        parts = _parts(self._run, self._name) if self._path is None else []
+        if parts:
+            self._run.write(f"{self._name}.jsonl", b"".join(parts))
 
 
 def read_journal(run: Store, name: str) -> Iterator[Row]:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from clip_ray.config import S3Options
+from clip_ray.errors import StorageError
 from clip_ray.storage import LocalStore, Store, open_store
 from clip_ray.train.checkpoint import Commit
 from clip_ray.train.journal import Journal, Row, last_row, lineage, read_journal
@@ -76,6 +78,18 @@ def test_what_was_not_flushed_on_s3_is_not_there(tmp_path: Path, s3: object) -> 
     run = open_store(f"s3://bucket/{tmp_path.name}/r", s3)  # type: ignore[arg-type]
     Journal(run, "metrics").append(ROWS)
     assert list(read_journal(run, "metrics")) == []
+
+
+def test_a_storage_that_is_away_keeps_no_journal_from_opening(s3: S3Options) -> None:
+    """A recorder that restarts amid an outage takes rows; they are written after it."""
+    away = s3.model_copy(update={"endpoint": "http://127.0.0.1:1", "retry_s": 0})
+    journal = Journal(open_store("s3://bucket/away", away), "metrics")
+    journal.append(ROWS)
+    with pytest.raises(StorageError):
+        journal.flush()
+    journal._run = open_store("s3://bucket/away", s3)  # it is back
+    journal.flush()
+    assert list(read_journal(journal._run, "metrics")) == ROWS
 
 
 @pytest.mark.parametrize("torn", [b'{"step": 9, "lo', b"{", b"\xc3"])
