@@ -317,13 +317,13 @@ class _Group:
         slow = self._health.slow(pulses)
         if slow is not None:
             self._watch.slow(slow, self._job.layout)
+        why = self._room.why_yield({pulse.node for pulse in pulses})
         end = self._room.driver_goes()
         if end:
             self._watch.note(f"{end}: committing now; what comes after it is lost with the node")
             self._watch.event("driver_leaves", why=end)
             self._watch.hurry(self._room.left_s)
             self._watch.wish_for_commit()
-        why = self._room.why_yield({pulse.node for pulse in pulses})
         if why and not self._asked:
             self._watch.note(f"{why}: committing, then going on with other workers")
             self._watch.event("yield", why=why)

@@ -39,6 +39,7 @@ class Room:
         self._begun = time.time()
         self._driver_told = False
         self._deadline_ms = 0
+        self._leaving: dict[str, int] = {}  # as of the last look
         self._looked = time.monotonic()
         self._larger_since: float | None = None
         self._not_before = 0.0
@@ -55,7 +56,7 @@ class Room:
         if is_local(self._config) or now - self._looked < LOOK_S:
             return ""
         self._looked = now
-        leaving = leaving_nodes()
+        leaving = self._leaving = leaving_nodes()
         going = nodes & leaving.keys()
         what = ""
         if leaving and not going:
@@ -68,12 +69,12 @@ class Room:
 
     def driver_goes(self) -> str:
         """Return, once, that this job's own node is to be taken away: nothing can go on then."""
-        if self._driver_told or is_local(self._config):
+        if self._driver_told or not self._leaving:
             return ""
-        here, leaving = ray.get_runtime_context().get_node_id(), leaving_nodes()
-        if here not in leaving:
+        here = ray.get_runtime_context().get_node_id()
+        if here not in self._leaving:
             return ""
-        self._driver_told, self._deadline_ms = True, leaving[here]
+        self._driver_told, self._deadline_ms = True, self._leaving[here]
         return f"node {_hosts({here})}, which this job runs on, is to be taken away"
 
     @property

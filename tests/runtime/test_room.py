@@ -132,9 +132,10 @@ def test_the_time_that_is_left_is_known_where_somebody_said_it(cluster, at_ms, l
 
 def test_that_the_jobs_own_node_goes_is_said_once(cluster):
     found = made(3, 3)
-    assert found.driver_goes() == ""
+    assert until(found, cluster, 5, {"a", "b"}) == found.driver_goes() == ""
     cluster.nodes.append("driver")
     cluster.leaving, cluster.at_ms = {"driver"}, 1_030_000
+    assert until(found, cluster, 5, {"a", "b"}) == ""
     assert found.driver_goes() == "node host-driver, which this job runs on, is to be taken away"
     assert found.left_s == 30 and found.driver_goes() == ""
     assert until(found, cluster, 100, {"a", "b"}) == ""
