@@ -125,6 +125,7 @@ def test_a_rank_that_is_stopped_is_found_ended_and_named(jobs, undisturbed):
     print(f"found after {found:.1f} s, back after {back:.1f} s: {hang['why']}; {hang['ended']}")
     assert (hang["rank"], hang["pid"]) == (1, second.pid) and "T (stopped)" in hang["ended"]
     assert f"rank 1 (process {second.pid} on {hang['host']}) hangs: not heard of" in output
+    assert '"TrainingThread(' in hang["stack"] and "; it was in " in output
     assert_little_lost(run)
     assert_same_end(run, undisturbed.rows("clip"))
     assert found <= max(DEATH_S, 5 * steps[len(steps) // 2]) and back <= BACK_S
