@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-TIMEOUT_S = 10.0  # py-spy takes 0.05 s where it may look
+TIMEOUT_S = 6.0  # py-spy takes 0.05 s where it may look
+PAUSE_S = 0.3
 FRAMES = 4  # of the training thread, in the short form
 _TRAINING = "TrainingThread"  # what Ray Train calls the thread that trains
 _OWN = re.compile(r'File ".*?([^/"]+)", line (\d+), in (\S+)')
@@ -22,13 +24,19 @@ def dump(pid: int) -> str:
     # Ray's dashboard needs it: it is there where Ray is.
     program = Path(sys.executable).with_name("py-spy")
     command = [str(program), "dump", "--nonblocking", "--pid", str(pid)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"no stack: {error}"
-    if done.returncode != 0:
-        return f"no stack: {(done.stderr or done.stdout).strip().splitlines()[-1]}"
-    return done.stdout
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        try:
+            left = deadline - time.monotonic()
+            done = subprocess.run(command, capture_output=True, text=True, timeout=left)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"no stack: {error}"
+        if done.returncode == 0:
+            return done.stdout
+        # What changes while it is read may not be readable: the next look finds another moment.
+        if time.monotonic() > deadline - TIMEOUT_S / 2:
+            return f"no stack: {(done.stderr or done.stdout).strip().splitlines()[-1]}"
+        time.sleep(PAUSE_S)
 
 
 def short(stack: str) -> str:

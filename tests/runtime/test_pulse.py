@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
@@ -30,6 +31,7 @@ from clip_ray.runtime.pulse import (
     end_process,
     last_mover,
 )
+from tests.runtime.support import wait_for
 
 
 def pulse(rank: int, step: int = 9, phase: str = "loss", still: float = 0, age: float = 0) -> Pulse:
@@ -223,6 +225,13 @@ def test_where_a_stopped_worker_is_is_seen_before_it_is_killed(tmp_path):
     script = "import os, sys; os.execv(sys.executable, ['ray::Worker', 'stopped.py'])"
     with subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path) as mine:
         os.waitpid(mine.pid, os.WUNTRACED)
+        # All its threads: the one that stopped the process is the first.
+        tasks = Path(f"/proc/{mine.pid}/task")
+        wait_for(
+            lambda: all("T (stopped)" in (t / "status").read_text() for t in tasks.iterdir()),
+            10,
+            "all threads of a process to stop",
+        )
         how, stack = _signal._function(mine.pid, signal.SIGKILL, look=True)
         assert how == "killed (state T (stopped))" and mine.wait(10) == -9
     if stack.startswith("no stack: ") and os.geteuid() != 0:
