@@ -8,7 +8,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
@@ -31,7 +30,6 @@ from clip_ray.runtime.pulse import (
     end_process,
     last_mover,
 )
-from tests.runtime.support import wait_for
 
 
 def pulse(rank: int, step: int = 9, phase: str = "loss", still: float = 0, age: float = 0) -> Pulse:
@@ -208,11 +206,13 @@ def test_only_a_worker_of_ray_is_killed():
     assert kill(other.pid) == ("gone already", "")
 
 
-STOPPED = """
-import os, signal, sys, threading
+WAITS = """
+import sys, threading, time
 
 def waits_for_ever():
-    os.kill(os.getpid(), signal.SIGSTOP)
+    print("here", flush=True)
+    while True:
+        time.sleep(0.01)
 
 thread = threading.Thread(target=waits_for_ever, name="TrainingThread(run_worker)")
 thread.start()
@@ -221,22 +221,18 @@ thread.join()
 
 
 def test_where_a_stopped_worker_is_is_seen_before_it_is_killed(tmp_path):
-    (tmp_path / "stopped.py").write_text(STOPPED)
-    script = "import os, sys; os.execv(sys.executable, ['ray::Worker', 'stopped.py'])"
-    with subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path) as mine:
+    (tmp_path / "waits.py").write_text(WAITS)
+    script = "import os, sys; os.execv(sys.executable, ['ray::Worker', 'waits.py'])"
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE) as mine:
+        assert mine.stdout.readline() == b"here\n"
+        mine.send_signal(signal.SIGSTOP)
         os.waitpid(mine.pid, os.WUNTRACED)
-        # All its threads: the one that stopped the process is the first.
-        tasks = Path(f"/proc/{mine.pid}/task")
-        wait_for(
-            lambda: all("T (stopped)" in (t / "status").read_text() for t in tasks.iterdir()),
-            10,
-            "all threads of a process to stop",
-        )
         how, stack = _signal._function(mine.pid, signal.SIGKILL, look=True)
         assert how == "killed (state T (stopped))" and mine.wait(10) == -9
     if stack.startswith("no stack: ") and os.geteuid() != 0:
         pytest.skip(stack)
-    assert stacks.short(stack).startswith("waits_for_ever (stopped.py:5) < "), stack
+    assert stacks.short(stack).startswith("waits_for_ever (waits.py:7) < "), stack
 
 
 def test_the_stack_that_a_rank_sent_stands_in_where_nobody_may_look(monkeypatch):
