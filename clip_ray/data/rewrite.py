@@ -12,18 +12,57 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
+from tqdm import tqdm
 
 from clip_ray.config.schema import DataConfig, S3Options, SourceConfig
 from clip_ray.data.manifest import Manifest, build_manifest
-from clip_ray.data.prepare import BATCH, Packed, Prepared, PrepareOptions, fitted, pack
+from clip_ray.data.prepare import BATCH, Packed, Prepared, PrepareOptions, fitted, pack, prepare
 from clip_ray.data.samples import Sample, Suffixes
 from clip_ray.data.shards import BadSample, Shard, read_ordinals
 from clip_ray.data.tar import Slab, samples_apart
 from clip_ray.errors import DataError
 from clip_ray.storage import open_store, split_uri
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What shards are made of: a source or shards, one of them, and how it is read.
+
+    Attributes:
+        source: folder or table of pictures.
+        shards: shards, as in `SourceConfig.path`.
+        image: column or suffix of the images; none = the usual names.
+        caption: column or suffix of the captions; none = the usual names.
+        select: with shards: file of the keys to take.
+        exclude: with shards: file of the keys to leave out.
+    """
+
+    source: str | None
+    shards: str | None
+    image: str | None = None
+    caption: str | None = None
+    select: str | None = None
+    exclude: str | None = None
+
+
+def make_shards(wanted: Wanted, out: str, options: PrepareOptions, s3: S3Options) -> Prepared:
+    """Make shards with a bar on the terminal: `prepare` or `rewrite`, whichever it takes."""
+    with tqdm(desc="packing", unit="img") as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total, bar.n = total, done
+            bar.refresh()
+
+        image, caption = wanted.image, wanted.caption
+        if wanted.source:
+            options = replace(options, image=image, caption=caption)
+            return prepare(wanted.source, out, options, s3, progress)
+        path, select = wanted.shards or "", wanted.select
+        shards = SourceConfig(path=path, image=image, caption=caption, select=select)
+        return rewrite(shards, wanted.exclude, out, options, s3, progress)
 
 
 def rewrite(
