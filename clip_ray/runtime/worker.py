@@ -28,12 +28,12 @@ from clip_ray.errors import CheckpointError, ConfigError, RegistryError, Trainin
 from clip_ray.runtime import preemption
 from clip_ray.runtime.cluster import Share
 from clip_ray.runtime.data import BatchStream
-from clip_ray.runtime.pulse import Heart
+from clip_ray.runtime.pulse import HANG_S, Heart
 from clip_ray.runtime.recorder import Reporter
 from clip_ray.storage import open_store
 from clip_ray.tokenizer import Tokenizer
 from clip_ray.train.checkpoint import Checkpoints, Commit
-from clip_ray.train.committer import COMMIT_TIMEOUT_S, Committer
+from clip_ray.train.committer import COMMIT_TIMEOUT_S, HOLD_S, Committer
 from clip_ray.train.hooks import Outcome, Word
 from clip_ray.train.initial import initial_weights
 from clip_ray.train.journal import Row, last_row
@@ -246,6 +246,7 @@ class _Attempt:
             rank,
             self.event,
             lambda: reporter.drain(JOURNAL_TIMEOUT_S),
+            hold_s=min(HOLD_S, 0.5 * (job.config.cluster.hang_timeout_s or HANG_S)),
         )
         self._profiler: Any = None
         self._committed_as_asked = False
@@ -318,7 +319,7 @@ class _Attempt:
         """See `train.hooks.Hooks`."""
         self._reporter.add("quarantine", rows)
 
-    def asked(self) -> Set[Word]:
+    def asked(self, due: bool) -> Set[Word]:
         """See `train.hooks.Hooks`."""
         self._reporter.advance()
         asked = self._reporter.asked
@@ -328,7 +329,7 @@ class _Attempt:
         if self._notice.received:
             words = words | {"yield"}
             self._tell_of_notice()
-        return words | {"busy"} if self._committer.busy else words
+        return words | {"busy"} if self._committer.busy(due) else words
 
     def _tell_of_notice(self) -> None:
         if not self._notice_told:

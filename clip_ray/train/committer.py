@@ -1,7 +1,8 @@
 """Commits written in the background: the step loop stalls for a snapshot and nothing else.
 
-One commit is written at a time. While that takes, the next one is put off: no step waits for a
-storage that is slow, fails or does not answer, until `checkpoint.patience_s` has passed.
+One commit is written at a time. Where that takes until the next is due, a step waits for it for
+seconds, once; then the next is put off, and no step waits for a storage that is slow, fails or
+does not answer, until `checkpoint.patience_s` has passed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from clip_ray.config import CheckpointConfig
 from clip_ray.train.checkpoint import Checkpoints, Commit, Fill
 
 COMMIT_TIMEOUT_S = 900.0  # for the parts of a commit, and for the last one
+HOLD_S = 4.0  # below the least time after which a rank is thought to hang
 DEFERRED_S = 10.0  # before a commit that is put off is worth a line
 LEAST_PATIENCE_S = 60.0  # a commit that is put off has not failed: it has at least so long
 
@@ -37,6 +39,7 @@ class Committer:
         rank: this rank; 0 commits, the others write parts.
         event: journals what becomes of a commit.
         drain: makes the rows of all steps so far durable: none that a commit covers may be lost.
+        hold_s: seconds that a step may wait for a commit, once for each; less than a hang takes.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Committer:
         rank: int,
         event: Event,
         drain: Callable[[], None],
+        hold_s: float = HOLD_S,
     ) -> None:
         self._checkpoints, self._config, self._rank = checkpoints, config, rank
         self._event, self._drain = event, drain
@@ -55,10 +59,18 @@ class Committer:
         self._failing_since: float | None = None
         self._deferred_since: float | None = None
         self._deferral_told = False
+        self._held, self._hold_s = False, hold_s
 
-    @property
-    def busy(self) -> bool:
-        """Whether a commit is still being written."""
+    def busy(self, due: bool = False) -> bool:
+        """Tell whether a commit is still being written.
+
+        Args:
+            due: the next one is due: a moment is waited for this one, once, so that commits come
+                at their steps though they be written a little more slowly than they are due.
+        """
+        if due and self._writer is not None and not self._held:
+            self._held = True
+            self._writer.join(timeout=self._hold_s)
         return self._writer is not None and self._writer.is_alive()
 
     @property
@@ -78,12 +90,12 @@ class Committer:
             stall_s: seconds that the snapshot took, for the journal.
         """
         self.check()
-        self._deferred_since, self._deferral_told = None, False
+        self._deferred_since, self._deferral_told, self._held = None, False, False
         write = partial(self._write_part, commit, files)
         if self._rank == 0:
             write = partial(self._write, commit, files, parts, stall_s)
         # At a run's end only: amid it a commit is put off while another is written.
-        before = self._writer if self.busy else None
+        before = self._writer if self.busy() else None
         self._writing = self._checkpoints.uri(commit)
         # A daemon: a request that never ends must not keep the process of a group that has ended.
         self._writer = threading.Thread(

@@ -27,8 +27,12 @@ class Hooks(Protocol):
     def quarantine(self, rows: list[dict[str, Any]]) -> None:
         """Take this rank's undecodable samples of a step. Must not block."""
 
-    def asked(self) -> Set[Word]:
-        """Return what this rank has been asked for. Must not block."""
+    def asked(self, due: bool) -> Set[Word]:
+        """Return what this rank has been asked for. Must not block.
+
+        Args:
+            due: a commit is to follow this step; for its sake a moment may be waited.
+        """
 
     def entered(self, step: int, phase: str) -> None:
         """Note that `step` steps are done and a phase of the next begins. Must not block."""

@@ -121,7 +121,8 @@ def train(
         if arrival is None:
             raise TrainingError(f"the data ended before step {progress.step} of {total_steps}")
         clock.mark("data_wait")
-        result = stepper.step(arrival, progress.step, hooks.asked())
+        due = due or (progress.step + 1) % config.checkpoint.every_steps == 0
+        result = stepper.step(arrival, progress.step, hooks.asked(due))
         batch = arrival.batch
         if batch.bad:
             hooks.quarantine([{"step": progress.step, "attempt": attempt, **b} for b in batch.bad])
@@ -136,7 +137,7 @@ def train(
         reason = _reason_to_end(
             progress, result, nonfinite_in_a_row, config, total_steps, samples_per_pass
         )
-        due = due or progress.step % config.checkpoint.every_steps == 0 or "commit" in result.asked
+        due = due or "commit" in result.asked
         if reason in COMMITTED and not result.finite and not _is_finite(model):
             reason = "nonfinite"  # the weights themselves are broken: the last commit is better
         # Amid steps that are not finite the weights may be what is wrong: a commit waits.

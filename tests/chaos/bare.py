@@ -34,7 +34,7 @@ class _Rows:
     def quarantine(self, rows: list[Row]) -> None:
         raise AssertionError(f"the data are to be whole again: {rows}")
 
-    def asked(self) -> set:
+    def asked(self, due: bool) -> set:
         return set()
 
     def entered(self, step: int, phase: str) -> None:

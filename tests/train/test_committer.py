@@ -79,7 +79,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
 
     config = CheckpointConfig(patience_s=900)
     found = Made(
-        storage, checkpoints, events, Committer(checkpoints, config, 0, event, lambda: None)
+        storage, checkpoints, events, Committer(checkpoints, config, 0, event, lambda: None, 0.2)
     )
     monkeypatch.setattr(committer.time, "monotonic", lambda: 1000 + found.now)
     return found
@@ -92,7 +92,7 @@ def test_a_write_that_hangs_holds_nothing_up_until_patience_ends(made: Made) -> 
         made.now = now
         begun = time.perf_counter()
         made.committer.deferred(20)
-        assert made.committer.busy and time.perf_counter() - begun < 1
+        assert made.committer.busy() and time.perf_counter() - begun < 1
     assert made.named("commit_deferred") == [{"step": 20, "waited_s": DEFERRED_S + 1}]
     made.now = 901
     with pytest.raises(TimeoutError, match="no commit was written for 901 s, 900 s are the pati"):
@@ -100,12 +100,31 @@ def test_a_write_that_hangs_holds_nothing_up_until_patience_ends(made: Made) -> 
     made.storage.passes.set()
 
 
+def test_a_step_waits_a_moment_for_a_commit_once(made: Made) -> None:
+    assert not made.committer.busy(due=True)
+    made.commit(10)
+    assert made.storage.arrived.wait(BOUND_S)
+    begun = time.perf_counter()
+    assert made.committer.busy() and made.committer.busy(due=True)
+    assert time.perf_counter() - begun >= 0.2
+    made.committer._hold_s = 100 * BOUND_S
+    begun = time.perf_counter()
+    assert made.committer.busy(due=True)
+    assert time.perf_counter() - begun < BOUND_S
+    made.storage.passes.set()
+    made.committer.join(BOUND_S)
+    # One that is written within that moment puts nothing off.
+    made.commit(20)
+    assert not made.committer.busy(due=True)
+    assert [commit.step for commit in made.checkpoints.commits()] == [10, 20]
+
+
 def test_it_goes_on_once_the_storage_answers(made: Made) -> None:
     made.commit(10)
     made.committer.deferred(20)
     made.storage.passes.set()
     made.committer.join(BOUND_S)
-    assert not made.committer.busy and made.named("commit_deferred") == []
+    assert not made.committer.busy() and made.named("commit_deferred") == []
     # A deferral that has passed takes nothing off the patience with the next one.
     made.now = 2000
     made.storage.passes.clear()

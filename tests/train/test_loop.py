@@ -107,6 +107,7 @@ class Attempt:
     bad: list[dict[str, Any]] = field(default_factory=list)
     commits: list[tuple[Progress, dict[str, bytes]]] = field(default_factory=list)
     deferred_at: list[int] = field(default_factory=list)
+    due_at: list[int] = field(default_factory=list)
     outcome: Outcome | None = None
     weights: Tensor = field(default_factory=lambda: torch.empty(0))
     state: Any = None
@@ -117,7 +118,9 @@ class Attempt:
     def quarantine(self, rows: list[dict[str, Any]]) -> None:
         self.bad += rows
 
-    def asked(self) -> set[Word]:
+    def asked(self, due: bool) -> set[Word]:
+        if due:
+            self.due_at.append(self.steps)
         if self.watch:
             self.before.append(self.state())
         self.steps += 1
@@ -546,7 +549,7 @@ def test_a_commit_waits_on_all_ranks_for_the_one_that_still_writes(made: Made) -
     faults = Faults(ask_at=9, word="busy", ask_rank=1)
     for rank in on_ranks(run, made.folder, 2, faults=faults):
         assert [progress.step for progress, _ in rank.commits] == [11, 20]
-        assert rank.deferred_at == [10]
+        assert rank.deferred_at == [10] and rank.due_at == [9, 10, 19]
     # The last one is not put off: no step comes after it.
     (alone,) = on_ranks(run, made.folder, 1, faults=Faults(ask_at=19, word="busy"))
     assert [progress.step for progress, _ in alone.commits] == [10, 20]
