@@ -60,7 +60,7 @@ def assert_same_end(jobs, name: str, undisturbed) -> None:
     """The run saw the same samples, each once a pass, and reached the same loss."""
     proof = verify(LocalStore(jobs.run_dir(name)))
     assert proof.holds, proof.as_text()
-    assert proof.passes >= 1
+    assert min(proof.passes) >= 1
     expected = undisturbed.rows("clip")
     found = lineage(jobs.rows(name))
     assert [r["samples_digest"] for r in found] == [r["samples_digest"] for r in expected]
