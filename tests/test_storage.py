@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import errno
+import os
 import pickle
+import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -160,6 +165,51 @@ def test_a_put_that_fails_leaves_nothing(store: Store) -> None:
 def test_a_store_pickles(store: Store) -> None:
     store.write("a", b"1")
     assert pickle.loads(pickle.dumps(store)).read("a") == b"1"
+
+
+LOCAL_READS: dict[str, Callable[[LocalStore, Path], object]] = {
+    "read": lambda store, _: store.read("x", 1, 3),
+    "info": lambda store, _: store.info("x"),
+    "download": lambda store, folder: store.download("x", folder / "copy"),
+}
+
+
+@pytest.mark.parametrize("name", LOCAL_READS)
+def test_local_reads_outlive_what_passes_and_no_more(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_PAUSES_S", (0.0, 0.0))
+    store, read = LocalStore(tmp_path / "store"), LOCAL_READS[name]
+    store.write("x", b"123")
+    expected = read(store, tmp_path)
+    failures: list[int] = []
+
+    def failing(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if failures:
+                raise OSError(failures.pop(0), "said so")
+            return plain(*args, **kwargs)
+
+        return call
+
+    if name == "read":
+        monkeypatch.setattr(storage, "open", failing(open), raising=False)
+    elif name == "info":
+        monkeypatch.setattr(Path, "stat", failing(os.stat))
+    else:
+        monkeypatch.setattr(shutil, "copyfile", failing(shutil.copyfile))
+    for code in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOTCONN):
+        failures[:] = [code, code]
+        assert read(store, tmp_path) == expected and failures == []
+        failures[:] = [code] * 4
+        with pytest.raises(OSError, match="said so") as raised:
+            read(store, tmp_path)
+        assert raised.value.errno == code and len(failures) == 1
+    for code in (errno.ENOENT, errno.EACCES, errno.ENOSPC, errno.EISDIR):
+        failures[:] = [code, code]
+        with pytest.raises(OSError, match="said so"):
+            read(store, tmp_path)
+        assert len(failures) == 1
 
 
 def test_local_temporaries_are_not_listed(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ so that "written completely" and "created by nobody else" mean the same on both.
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import hashlib
 import os
@@ -18,7 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from clip_ray.config import S3Options
 from clip_ray.errors import ConfigError, DataError, StorageError
@@ -26,8 +27,18 @@ from clip_ray.errors import ConfigError, DataError, StorageError
 if TYPE_CHECKING:
     from clip_ray.storage.s3_writes import Client
 
+# What a network file system answers while its server is away or comes back. Not what stays as it
+# is: a file that is not there, or not ours to read.
+_PASSING = frozenset(
+    {
+        *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOTCONN),
+        *(errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
+    }
+)
+_PAUSES_S = (0.1, 0.5, 2.0, 5.0)  # before a local read is tried again
 _CONFLICT_S = 30  # seconds that a creation waits for others of the same file
 _FEW = 8  # files of one S3 folder that are asked for one by one
+T = TypeVar("T")
 _BRACE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -187,13 +198,16 @@ class LocalStore:
         stop: int | None = None,
         expected: FileInfo | None = None,
     ) -> bytes:
-        with open(self.root / name, "rb") as file:
-            if expected is not None:
-                now = _info(self.root / name, os.fstat(file.fileno()))
-                if (now.size, now.version) != (expected.size, expected.version):
-                    raise ChangedError(expected, now)
-            file.seek(start)
-            return file.read() if stop is None else file.read(stop - start)
+        def read() -> bytes:
+            with open(self.root / name, "rb") as file:
+                if expected is not None:
+                    now = _info(self.root / name, os.fstat(file.fileno()))
+                    if (now.size, now.version) != (expected.size, expected.version):
+                        raise ChangedError(expected, now)
+                file.seek(start)
+                return file.read() if stop is None else file.read(stop - start)
+
+        return _persist(read)
 
     def write(self, name: str, data: bytes) -> None:  # noqa: D102
         path = self.root / name
@@ -233,11 +247,11 @@ class LocalStore:
 
     def download(self, name: str, local: Path) -> None:  # noqa: D102
         local.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(self.root / name, local)
+        _persist(lambda: shutil.copyfile(self.root / name, local))
 
     def info(self, name: str) -> FileInfo:  # noqa: D102
         path = self.root / name
-        return _info(path, path.stat())
+        return _info(path, _persist(path.stat))
 
     def files(self) -> list[str]:  # noqa: D102
         return sorted(
@@ -578,6 +592,21 @@ def split_uri(path: str) -> tuple[str, str]:
     """Split a file's path or URI into its directory and its name."""
     folder, _, name = path.rpartition("/")
     return folder or "/", name
+
+
+def _persist(read: Callable[[], T]) -> T:
+    """Repeat a local read that fails as network file systems do for a while.
+
+    Each try opens the file again: a handle that has gone stale stays so.
+    """
+    for pause_s in _PAUSES_S:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in _PASSING:
+                raise
+        time.sleep(pause_s)
+    return read()
 
 
 def _info(path: Path, stat: os.stat_result) -> FileInfo:
