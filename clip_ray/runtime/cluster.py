@@ -7,6 +7,7 @@ detection is never used: an address file that a killed Ray left behind would mis
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import os
@@ -461,7 +462,7 @@ def spare_cpus(
     free = [{r: n["Resources"].get(r, 0.0) for r in ("CPU", "GPU")} for n in alive]
     at = 0
     for _ in range(share.num_workers):
-        for index in [*range(at, len(free)), *range(at)]:
+        for index in itertools.chain(range(at, len(free)), range(at)):
             node = free[index]
             if node["CPU"] >= share.worker_cpus and node["GPU"] >= share.worker_gpus:
                 node["CPU"] -= share.worker_cpus

@@ -17,10 +17,13 @@ import math
 import os
 import re
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ _ATTEMPTS, _START = "attempts", ".start.json"
 _NAME = re.compile(r"^step-(\d{8,})\.a(\d+)$")
 
 _PART_POLL_S = 0.2
+_ASKED_AT_ONCE = 32  # answers of a storage that are waited for together: each takes 10 to 100 ms
 
 Fill = Callable[[Path], None]
 
@@ -165,11 +169,14 @@ class Checkpoints:
 
     def _commits(self) -> tuple[list[Commit], list[Commit]]:
         """Return the commits that count, and those that were given up; each oldest first."""
-        found = [
-            Commit(int(m[1]), int(m[2]))
-            for name in self._store.directories()
-            if (m := _NAME.match(name)) and self._store.exists(f"{name}/{COMMIT}")
-        ]
+        there = [(name, m) for name in self._store.directories() if (m := _NAME.match(name))]
+        with ThreadPoolExecutor(_ASKED_AT_ONCE, "commits") as pool:
+            whole = pool.map(lambda one: self._store.exists(f"{one[0]}/{COMMIT}"), there)
+            found = [
+                Commit(int(m[1]), int(m[2]))
+                for (_, m), is_whole in zip(there, whole, strict=True)
+                if is_whole
+            ]
         found.sort(key=lambda commit: (commit.attempt, commit.step))
         if not found:
             return [], []
@@ -214,8 +221,7 @@ class Checkpoints:
         if folder.exists(COMMIT):
             raise CheckpointError(f"{folder.uri} is committed already")
         digests = _write_files(folder, files)
-        for part in range(1, parts):
-            digests |= self._await_part(commit, part, timeout_s)
+        digests |= self._await_parts(commit, range(1, parts), timeout_s)
         before_commit()
         newest = self.newest_attempt()
         if newest != commit.attempt:
@@ -257,16 +263,36 @@ class Checkpoints:
         listing = [[name, d.size, d.sha256] for name, d in digests.items()]
         folder.write(_part_name(part), json.dumps({"files": listing}).encode())
 
-    def _await_part(self, commit: Commit, part: int, timeout_s: float) -> dict[str, FileDigest]:
+    def _await_parts(self, commit: Commit, parts: range, timeout_s: float) -> dict[str, FileDigest]:
+        """Return the digests of the files of the others' parts, once all are written."""
+        digests: dict[str, FileDigest] = {}
+        given_up, deadline = threading.Event(), time.monotonic() + timeout_s
+        with ThreadPoolExecutor(_ASKED_AT_ONCE, "parts") as pool:
+            try:
+                waits = partial(self._await_part, commit, deadline, timeout_s, given_up)
+                for found in pool.map(waits, parts):
+                    digests |= found
+            finally:
+                given_up.set()
+        return digests
+
+    def _await_part(
+        self,
+        commit: Commit,
+        deadline: float,
+        timeout_s: float,
+        given_up: threading.Event,
+        part: int,
+    ) -> dict[str, FileDigest]:
         folder = self._store.child(commit.name)
-        deadline = time.monotonic() + timeout_s
         while True:
             with contextlib.suppress(FileNotFoundError):
                 said = json.loads(folder.read(_part_name(part)))
                 break
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{folder.uri}: part {part} was not written in {timeout_s:g} s")
-            time.sleep(_PART_POLL_S)
+            if given_up.wait(_PART_POLL_S):
+                return {}
         if "error" in said:
             raise OSError(f"{folder.uri}: part {part}: {said['error']}")
         return {name: FileDigest(size, sha256) for name, size, sha256 in said["files"]}

@@ -6,6 +6,7 @@ A process of its own: pytest's must not be connected to a Ray that other tests d
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -15,6 +16,7 @@ from typing import Any
 import ray
 import yaml
 from ray import serve
+from ray.serve._private.logging_utils import get_serve_logs_dir
 from ray.util.state import get_actor
 
 from clip_ray.registry import Target
@@ -99,6 +101,21 @@ def metrics_urls() -> list[str]:
     """Return where the agents of the Ray's nodes answer Prometheus."""
     nodes = ray.nodes()
     return [f"http://{n['NodeManagerAddress']}:{n['MetricsExportPort']}/metrics" for n in nodes]
+
+
+def spans() -> dict[str, list[dict[str, Any]]]:
+    """Return the spans that each process of the Serve has written, by its file's name."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in (Path(get_serve_logs_dir()) / "spans").glob("*"):
+        text, at = path.read_text(), 0
+        found[path.name] = []
+        # One indented object after the other; the last may be half written.
+        with contextlib.suppress(json.JSONDecodeError):
+            while at < len(text.rstrip()):
+                span, at = json.JSONDecoder().raw_decode(text, at)
+                found[path.name].append(span)
+                at += len(text[at:]) - len(text[at:].lstrip())
+    return found
 
 
 def promote(target: Target, timeout_s: float = 30) -> tuple[list[str], str | None]:

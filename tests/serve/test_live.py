@@ -58,6 +58,8 @@ def live(
     flags = ["--serve.min_replicas", "2", "--serve.max_replicas", "2", "--serve.cpus", "0.5"]
     flags += ["--serve.auth", "keys", "--serve.keys_file", str(key_file)]
     flags += ["--model", "models:/clip@champion", "--tracking_uri", tracking_uri]
+    # Nothing is traced but what a caller asks for.
+    flags += ["--serve.tracing.enabled", "true", "--serve.tracing.sampling_ratio", "0"]
     # Nobody answers there, whoever should ask the environment.
     env = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
     with deployed(folder, served, *flags, env=env) as running:
@@ -104,6 +106,42 @@ def test_other_machines_do_not_reach_it(live):
     with pytest.raises(OSError):
         socket.create_connection((address, port), timeout=5).close()
     socket.create_connection(("127.0.0.1", port), timeout=5).close()
+
+
+def test_a_callers_trace_goes_through_proxy_and_replica_down_to_the_model(live, two_keys):
+    number, caller = f"{time.time_ns():032x}", "00f067aa0ba902b7"
+    body = {"input": {"image": data_uri(picture(2))}}
+    with client(live, two_keys[0]) as http:
+        headers = {"traceparent": f"00-{number}-{caller}-01"}
+        answer = http.post("/v1/embeddings", json=body, headers=headers)
+        assert answer.status_code == 200 and answer.headers["x-trace-id"] == number
+        # Without the caller's word, and where it says no, nothing is recorded.
+        for more in ({}, {"traceparent": f"00-{number[::-1]}-{caller}-00"}):
+            other = http.post("/v1/embeddings", json=body, headers=more)
+            assert other.status_code == 200 and "x-trace-id" not in other.headers
+
+    def mine() -> dict[str, dict[str, Any]]:
+        return {
+            span["context"]["span_id"]: span | {"file": file}
+            for file, spans in live.ask(driver.spans).items()
+            for span in spans
+        }
+
+    # Proxy, the replica's own, decode, encode, and the pass; how Serve splits its own is its.
+    until(lambda: len(mine()) >= 5, 20, "the spans were not written")
+    found = mine()
+    assert {span["context"]["trace_id"] for span in found.values()} == {f"0x{number}"}
+    (model,) = (span for span in found.values() if span["name"] == "model")
+    assert model["attributes"] == {"clip.kind": "image", "clip.items": 1, "clip.batch_size": 1}
+    path, at = [], model
+    while at["parent_id"] in found:
+        path.append((at["name"].split()[0], at["file"].split("_")[0]))
+        at = found[at["parent_id"]]
+    path.append((at["name"].split()[0], at["file"].split("_")[0]))
+    assert at["parent_id"] == f"0x{caller}"
+    assert path[:2] == [("model", "replica"), ("encode", "replica")]
+    assert ("replica_handle_request", "replica") in path and path[-1][1] == "proxy"
+    assert "decode" in {span["name"] for span in found.values()}
 
 
 def test_keys_are_asked_for_and_classifiers_are_each_keys_own(live, two_keys):
@@ -196,6 +234,8 @@ def test_the_agent_exports_what_was_counted(live, two_keys):
     for name in ("ray_clip_batch_size_count", "ray_clip_stage_ms_count"):
         assert total(found, name) > 0
     assert total(found, "ray_clip_cache_lookups_total", cache="text") > 0
+    waiting = [(tags["place"], v) for n, tags, v in found if n == "ray_clip_waiting_requests"]
+    assert set(waiting) == {(place, 0) for place in ("turn", "body", "input", "decode")}
 
 
 def scrape(live: Deployed) -> list[tuple[str, dict[str, str], float]]:
