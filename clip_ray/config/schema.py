@@ -208,7 +208,8 @@ class DataConfig(Section):
     sidecars: bool = Field(
         False,
         description="index tars on S3 by the tables that img2dataset writes beside them: at once, "
-        "but each tar is streamed whole by who first reads from it, so the first steps wait",
+        "but each tar is streamed whole by who first reads from it, so the first steps wait, and "
+        "each node streams the set anew; an index of the tars streams it once for all, so false",
     )
     copies: bool = Field(False, description="train on shards that are copies of others, too")
     max_bad_fraction: Fraction = Field(

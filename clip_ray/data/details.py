@@ -24,10 +24,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from clip_ray.data.node import locked, shared_folder
+from clip_ray.data.packed import check_of, pack, unpack
 from clip_ray.data.samples import Ints
 from clip_ray.data.shards import TAR, ShardIndex
 from clip_ray.data.tar import BLOCK
@@ -37,8 +37,6 @@ from clip_ray.storage import LocalStore, Store
 SUFFIX = ".details"
 Words = NDArray[np.uint64]
 
-_WIDTHS = (np.uint8, np.uint16, np.uint32, np.uint64)
-_HEAD = struct.Struct("<" + 4 * "IB")  # length and width of each list
 _UNUSED_S = 7 * 86400.0  # a copy that nobody has read for as long goes when the next one comes
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -68,18 +66,8 @@ class Lists:
         return cls(offsets, held, holdout, shard.rows_skipped)
 
     def pack(self) -> bytes:
-        """Return the record that holds them: the steps between neighbours, compressed."""
-        head: list[int] = []
-        parts: list[bytes] = []
-        for values in (self.offsets, self.held, self.holdout, self.rows_skipped):
-            steps = np.diff(values, prepend=0)
-            largest = int(steps.max(initial=0))
-            width = next(w for w in _WIDTHS if largest <= np.iinfo(w).max)
-            parts.append(steps.astype(np.dtype(width).newbyteorder("<")).tobytes())
-            head += [len(values), np.dtype(width).itemsize]
-        plain = b"".join([_HEAD.pack(*head), *parts])
-        packed: bytes = pa.compress(plain, codec="zstd", asbytes=True)
-        return struct.pack("<I", len(plain)) + packed
+        """Return the record that holds them."""
+        return pack([self.offsets, self.held, self.holdout, self.rows_skipped])
 
     def digest(self) -> int:
         """Return a 64-bit digest of what decides which samples there are: not of the offsets."""
@@ -91,25 +79,9 @@ class Lists:
 
 
 @functools.lru_cache(maxsize=8)  # a block asks twice in a row
-def unpack(record: bytes) -> Lists:
+def lists_of(record: bytes) -> Lists:
     """Return the lists of a record; they cannot be written to."""
-    (size,) = struct.unpack_from("<I", record)
-    plain = pa.decompress(record[4:], decompressed_size=size, codec="zstd", asbytes=True)
-    head = _HEAD.unpack_from(plain)
-    at = _HEAD.size
-    lists = []
-    for length, width in zip(head[::2], head[1::2], strict=True):
-        steps = np.frombuffer(plain, f"<u{width}", length, at)
-        at += length * width
-        lists.append(np.cumsum(steps, dtype=np.int64))
-    for values in lists:
-        values.setflags(write=False)
-    return Lists(*lists)
-
-
-def check_of(record: bytes) -> int:
-    """Return the 64 bits by which a damaged record is told."""
-    return int.from_bytes(hashlib.blake2b(record, digest_size=8).digest(), "little")
+    return Lists(*unpack(record, 4))
 
 
 @dataclass(frozen=True)
@@ -133,7 +105,7 @@ class Details:
     name: str = ""
 
     def __getitem__(self, row: int) -> Lists:
-        return unpack(self.record(row))
+        return lists_of(self.record(row))
 
     def record(self, row: int) -> bytes:
         """Return the record of a shard.

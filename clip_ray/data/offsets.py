@@ -20,13 +20,16 @@ import numpy as np
 
 from clip_ray.config.schema import S3Options
 from clip_ray.data.node import locked, shared_folder
+from clip_ray.data.packed import check_of, pack, unpack
 from clip_ray.data.samples import Ints, Suffixes, digest_keys
 from clip_ray.data.tar import STRIDE, scan_tar
 from clip_ray.errors import DataError
 from clip_ray.storage import ChangedError, FileInfo, Store, open_store, split_uri
 
-FORMAT = 1
-_IN_MEMORY = 1024  # shards; 10 kB each at 10,000 samples
+FORMAT = 2
+_IN_MEMORY = 64  # shards; 40 kB each at 10,000 samples; the node has the rest
+_RECORD = b"\0"  # begins what is no message
+_CHECK = 8  # bytes
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,12 @@ def find_offsets(tar: Tar, suffixes: Suffixes, s3: S3Options | None) -> Found:
     folder = shared_folder()
     if folder is None:
         return _walk(tar, suffixes, s3)
-    path = folder / f"{hashlib.sha256(name.encode()).hexdigest()}.json"
-    found = _load(path, tar)
+    path = folder / f"{hashlib.sha256(name.encode()).hexdigest()}.offsets"
+    found = _load(path)
     if found is not None:
         return found
     with locked(path.with_suffix(".lock")):
-        found = _load(path, tar)
+        found = _load(path)
         if found is None:
             found = _walk(tar, suffixes, s3)
             _save(path, found)
@@ -113,29 +116,31 @@ def _compare(tar: Tar, store: Store, name: str, suffixes: Suffixes) -> Found:
     return Found(scan.offsets)
 
 
-def _load(path: Path, tar: Tar) -> Found | None:
+def _load(path: Path) -> Found | None:
     try:
-        content = json.loads(path.read_bytes())
-        offsets = np.array(content["offsets"], np.int64)
-        problem = str(content["problem"])
-    except (OSError, ValueError, KeyError, TypeError):
+        content = path.read_bytes()
+    except OSError:
         return None
-    if problem:
-        return Found(problem=problem)
-    expected = -(-tar.samples // STRIDE) + 1
-    if len(offsets) != expected or (np.diff(offsets) <= 0).any() or offsets[-1] > tar.size:
+    check, body = content[:_CHECK], content[_CHECK:]
+    if check != _check(body):
         return None
+    if body[:1] != _RECORD:
+        return Found(problem=body.decode())
+    (offsets,) = unpack(body[1:], 1)
     return Found(offsets)
 
 
 def _save(path: Path, found: Found) -> None:
+    body = found.problem.encode() or _RECORD + pack([found.offsets])
     temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
     # A full disk costs another walk, no run.
     with contextlib.suppress(OSError):
         try:
-            temporary.write_text(
-                json.dumps({"offsets": found.offsets.tolist(), "problem": found.problem})
-            )
+            temporary.write_bytes(_check(body) + body)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _check(body: bytes) -> bytes:
+    return check_of(body).to_bytes(_CHECK, "little")

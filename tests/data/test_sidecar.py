@@ -14,7 +14,7 @@ import pytest
 
 from clip_ray.config import DataConfig, S3Options, SourceConfig
 from clip_ray.data import node, offsets
-from clip_ray.data.details import unpack
+from clip_ray.data.details import lists_of
 from clip_ray.data.earlier import read_earlier
 from clip_ray.data.manifest import Manifest, build_manifest
 from clip_ray.data.manifest_file import load_manifest, save_manifest
@@ -156,9 +156,11 @@ def test_a_tar_is_walked_once_a_node(
     offsets.find_offsets.cache_clear()  # another process of the node
     assert read_ordinals(shard, data.sources[0], s3, picked) == expected
     assert fetched["tar"] == 2 * by_range
-    (file,) = node_folder.rglob("*.json")
-    for damaged in ("{", '{"offsets": [0, 1], "problem": ""}', '{"offsets": "x", "problem": ""}'):
-        file.write_text(damaged)
+    (file,) = node_folder.rglob("*.offsets")
+    whole = file.read_bytes()
+    assert len(whole) < 2 * shard.samples
+    for damaged in (b"", whole[:4], whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1])):
+        file.write_bytes(damaged)
         offsets.find_offsets.cache_clear()
         fetched["tar"] = 0
         assert read_ordinals(shard, data.sources[0], s3, picked) == expected
@@ -213,7 +215,7 @@ def test_details_on_s3_are_copied_once_a_node(
     node_folder.joinpath(copy.parent.name).rmdir()
     node_folder.rmdir()
     node_folder.touch()
-    unpack.cache_clear()
+    lists_of.cache_clear()
     assert loaded.shard(1).offsets.tolist() == built.shard(1).offsets.tolist()
     assert asked[-1] == "read details" and asked.count("download details") == 1
     run.delete(saved.details.name)
