@@ -18,13 +18,15 @@ import numpy as np
 from tqdm import tqdm
 
 from clip_ray.config.schema import DataConfig, S3Options, SourceConfig
-from clip_ray.data.manifest import Manifest, build_manifest
+from clip_ray.data.manifest import KINDS, Manifest, build_manifest
 from clip_ray.data.prepare import BATCH, Packed, Prepared, PrepareOptions, fitted, pack, prepare
 from clip_ray.data.samples import Sample, Suffixes
-from clip_ray.data.shards import BadSample, Shard, read_ordinals
+from clip_ray.data.shards import PARQUET, BadSample, Shard, read_ordinals
 from clip_ray.data.tar import Slab, samples_apart
 from clip_ray.errors import DataError
 from clip_ray.storage import open_store, split_uri
+
+_COARSE = 4  # times its bytes that a slot may read before a rewriting is advised
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,32 @@ def sparse_sources(manifest: Manifest) -> list[str]:
                 f"{row['samples']:,} samples; reading fetches {row['samples'] / kept:.1f} times "
                 "their bytes; rewrite them once with jobs/prepare.py --shards ... --select ... "
                 "--exclude ..., and train on what it makes"
+            )
+    return lines
+
+
+def coarse_sources(manifest: Manifest, slot: int) -> list[str]:
+    """Return a line for each Parquet source whose row groups are much larger than a slot.
+
+    A row group is read whole: of R samples side by side, their groups' rows, R - 1 + a group's.
+
+    Args:
+        manifest: the shards.
+        slot: R of the plan.
+    """
+    lines = []
+    for number, path in enumerate(manifest.sources):
+        mine = (manifest.source == number) & (manifest.kinds == KINDS.index(PARQUET))
+        groups, rows = int((manifest.marks[mine] - 1).sum()), int(manifest.samples[mine].sum())
+        if not groups:
+            continue
+        size = rows / groups
+        times = min(size + slot - 1, rows / int(mine.sum())) / slot
+        if times > _COARSE:
+            lines.append(
+                f"data.sources[{number}] {path}: its Parquet row groups have {size:,.0f} rows, and "
+                f"are read whole for each slot of {slot}: {times:.0f} times the slot's bytes; "
+                "rewrite them once with jobs/prepare.py --shards ..., or raise data.slot"
             )
     return lines
 

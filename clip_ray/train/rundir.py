@@ -24,7 +24,7 @@ from clip_ray.data.earlier import MANIFEST, PARTS
 from clip_ray.data.manifest import Manifest
 from clip_ray.data.manifest_file import load_manifest, save_manifest
 from clip_ray.data.plan import Plan, default_sizes
-from clip_ray.data.rewrite import sparse_sources
+from clip_ray.data.rewrite import coarse_sources, sparse_sources
 from clip_ray.errors import CheckpointError, ConfigError
 from clip_ray.storage import Store, open_store, split_uri
 from clip_ray.tokenizer import Tokenizer
@@ -171,6 +171,8 @@ def prepare(
     model = config.model.model_copy(update={"text": text})
     config = config.model_copy(update={"model": model})
     plan = build_plan(manifest, config)
+    for line in coarse_sources(manifest, plan.slot):
+        say(f"warning: {line}")
     return Run(config, store, manifest, tokenizer, plan, total_steps(config, manifest.total))
 
 

@@ -16,7 +16,7 @@ from clip_ray.config import DataConfig, S3Options, SourceConfig
 from clip_ray.data import prepare as prepares
 from clip_ray.data.manifest import build_manifest
 from clip_ray.data.prepare import Prepared, PrepareOptions, prepare
-from clip_ray.data.rewrite import rewrite, sparse_sources
+from clip_ray.data.rewrite import coarse_sources, rewrite, sparse_sources
 from clip_ray.data.shards import Sample, read_ordinals
 from clip_ray.errors import DataError
 from clip_ray.images import decode, with_orientation
@@ -321,6 +321,28 @@ def test_a_source_of_which_less_than_half_is_taken_is_worth_rewriting(tmp_path: 
     # What is held out for evaluation is no reason: it is not chosen by a list.
     whole = DataConfig(sources=(SourceConfig(path=source.path),), holdout=0.6)
     assert sparse_sources(build_manifest(whole)) == []
+
+
+def test_row_groups_that_are_much_larger_than_a_slot_are_worth_rewriting(tmp_path: Path) -> None:
+    data = {"jpg": pa.array(images(1) * 1000), "txt": pa.array([str(i) for i in range(1000)])}
+    groups, sources = {"whole": 1000, "hundreds": 100, "small": 10}, []
+    for name, rows in groups.items():
+        (tmp_path / name).mkdir()
+        write_parquet(tmp_path / name / "0.parquet", data, rows=rows)
+        sources.append(SourceConfig(path=str(tmp_path / name)))
+    write_tar(tmp_path / "a.tar", pairs(20))
+    sources.append(SourceConfig(path=str(tmp_path / "a.tar")))
+    manifest = build_manifest(DataConfig(sources=tuple(sources), holdout=0, copies=True))
+    (whole,) = coarse_sources(manifest, 64)
+    # 1,000 / 64; of groups of 100: 163 / 64, and 103 / 4 for slots of 4.
+    assert whole.startswith(f"data.sources[0] {sources[0].path}: ")
+    assert "have 1,000 rows, and are read whole for each slot of 64: 16 times" in whole
+    assert "jobs/prepare.py --shards" in whole
+    assert [line[: len("data.sources[0]")] for line in coarse_sources(manifest, 4)] == [
+        "data.sources[0]",
+        "data.sources[1]",
+    ]
+    assert "26 times" in coarse_sources(manifest, 4)[1]
 
 
 def scattered(folder: Path) -> Path:
