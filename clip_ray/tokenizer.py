@@ -34,6 +34,10 @@ WORD_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 # openai/CLIP simple_tokenizer.py: its file holds 262,144 merges and these many are in use.
 CLIP_MERGES = 49152 - 256 - 2
 CLIP_VOCAB = 512 + CLIP_MERGES + 2
+# No token is longer: those of OpenAI's vocabulary have at most 25 characters, and ours are learnt
+# from words of at most so many.
+_TOKEN_CHARS = 128
+_WORD_CHARS = 4096  # of a word that is encoded whole: 5 ms
 # int() refuses more than 4,300 digits, and html.unescape passes that error on.
 _HUGE_REFERENCE = re.compile(r"&#[0-9]{1000,};?")
 
@@ -227,8 +231,8 @@ class Tokenizer:
             truncated: bool (B,), the captions that lost tokens; their end token stands last.
         """
         assert not isinstance(texts, str), "a sequence of captions is expected, not one"
-        cleaned = [clean(text) for text in texts]
         L = self.context_length
+        cleaned = [_beginning(clean(text), L) for text in texts]
         if self._backend is None:
             # With one place more, the last column is the end token or padding, and it is the
             # end token exactly where L places are too few.
@@ -246,6 +250,19 @@ class Tokenizer:
             tokens = [self.start_id, *tokens[: L - 2], self.end_id]
             ids_BL[row, : len(tokens)] = tokens
         return ids_BL, truncated_B
+
+
+def _beginning(text: str, context_length: int) -> str:
+    """Return the part of a cleaned text that its row of ids depends on, where the rest is long.
+
+    Encoding a word takes time that grows with the square of its length: minutes for a megabyte.
+    A cut between words changes no id; amid a word of thousands of characters it may.
+    """
+    enough = _TOKEN_CHARS * context_length
+    if len(text) <= enough:
+        return text
+    end = text.find(" ", enough, enough + _WORD_CHARS)
+    return text[: end if end >= 0 else enough + _WORD_CHARS]
 
 
 def _instant_clip() -> Any:
@@ -374,10 +391,12 @@ def _learn_merges(captions: Iterable[str], count: int) -> list[tuple[str, str]]:
     last = {letter: chr(0xE000 + n) for n, letter in enumerate(letters)}
     suffixed = {private: letter + WORD_END for letter, private in last.items()}
 
-    def words() -> Iterable[str]:
+    def texts() -> Iterable[str]:
         for caption in captions:
             pieces = (piece for piece, _ in splitter.pre_tokenize_str(clean(caption)))
-            yield " ".join(piece[:-1] + last[piece[-1]] for piece in pieces)
+            # The trainer takes minutes over a word of a megabyte, which is none.
+            words = (piece for piece in pieces if len(piece) <= _TOKEN_CHARS)
+            yield " ".join(word[:-1] + last[word[-1]] for word in words)
 
     engine = Engine(models.BPE())
     engine.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -387,7 +406,7 @@ def _learn_merges(captions: Iterable[str], count: int) -> list[tuple[str, str]]:
         initial_alphabet=[*letters, *suffixed],
         show_progress=False,
     )
-    engine.train_from_iterator(words(), trainer)
+    engine.train_from_iterator(texts(), trainer)
     learnt = json.loads(engine.to_str())["model"]["merges"]
     merges = [(left, right) for left, right in learnt]
     return [

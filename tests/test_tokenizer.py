@@ -5,6 +5,8 @@ import gzip
 import html
 import json
 import pickle
+import random
+import time
 
 import ftfy
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from clip_ray import tokenizer
 from clip_ray.config import TokenizerConfig
 from clip_ray.errors import ConfigError
 from clip_ray.tokenizer import Tokenizer, clean
@@ -84,6 +87,42 @@ def test_clip_gives_the_known_ids(clip):
     assert ids[0, :8].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407, 0]
     assert not ids[0, 8:].any() and not truncated[0]
     assert (clip.vocab_size, clip.start_id, clip.end_id) == (49408, 49406, 49407)
+
+
+def test_a_long_text_is_cut_where_no_id_shows_it(clip, from_merges, trained, monkeypatch):
+    rng = random.Random(0)
+    letters = "abcdefghij123!?-äß日本🐈"
+    words = ["".join(rng.choices(letters, k=rng.randint(1, 40))) for _ in range(3000)]
+    texts = [" ".join(words[start:]) for start in (0, 500, 1000)]
+    texts += ["x" * 9000 + " and " + texts[0], texts[0][:9856], texts[0][:9857]]
+    for tok in (clip, from_merges, trained):
+        cut = tok(texts)
+        assert cut[1].all()
+        with monkeypatch.context() as patch:
+            patch.setattr(tokenizer, "_beginning", lambda text, context_length: text)
+            whole = tok(texts)
+        for ours, reference in zip(cut, whole, strict=True):
+            np.testing.assert_array_equal(ours, reference)
+
+
+def test_a_word_of_a_megabyte_takes_the_time_of_a_short_one(clip, from_merges):
+    """Ten times the length takes ten times the time of cleaning it; encoded whole it took 100."""
+    for tok in (clip, from_merges):
+        seconds = []
+        for length in (100_000, 1_000_000):
+            begun = time.process_time()
+            ids, truncated = tok(["\ufffd" * length])
+            seconds.append(time.process_time() - begun)
+            assert truncated[0] and ids[0, -1] == tok.end_id and ids.all()
+        assert seconds[1] < 30 * max(seconds[0], 0.01)
+
+
+def test_a_vocabulary_is_learnt_past_a_word_of_a_megabyte():
+    plain = Tokenizer.train(GERMAN_JAPANESE * 2, vocab_size=600, context_length=16)
+    odd = Tokenizer.train(
+        [*GERMAN_JAPANESE, "ab" * 500_000, *GERMAN_JAPANESE], vocab_size=600, context_length=16
+    )
+    assert odd.to_bytes() == plain.to_bytes()
 
 
 def test_empty_string_is_start_and_end(clip, from_merges, trained):
