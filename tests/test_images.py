@@ -296,6 +296,8 @@ def test_the_corpus_is_decoded_within_bounds_of_memory_and_time() -> None:
     assert control[0] > 200
     for name, (megabytes, seconds) in grown.items():
         assert megabytes < 100 and seconds < 5, name
+    bombs = [case.name for case in CORPUS if case.reasons == ("too-many-pixels",)]
+    assert len(bombs) == 3 and all(grown[name][0] < 50 for name in bombs)
 
 
 def measure_corpus() -> None:
