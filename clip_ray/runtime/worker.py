@@ -252,6 +252,7 @@ class _Attempt:
         self._committed_as_asked = False
         self._foreign_bytes: Callable[[], int] = lambda: 0
         self._came = 0  # of those bytes, until the last step
+        self._phase_begun = 0.0
         self._notice, self._notice_told = preemption.installed(), False
 
     def run(self) -> Outcome:
@@ -295,7 +296,7 @@ class _Attempt:
         # The last one is not to be done without.
         while outcome.committed and self._committer.failing:
             time.sleep(FINAL_PAUSE_S)
-            self._heart.moved(outcome.progress.step, "ending")
+            self.entered(outcome.progress.step, "ending")
             self._begin_commit(outcome.progress, parts=1)
             self._committer.join(COMMIT_TIMEOUT_S)
         self._reporter.drain(JOURNAL_TIMEOUT_S)
@@ -341,6 +342,7 @@ class _Attempt:
     def entered(self, step: int, phase: str) -> None:
         """See `train.hooks.Hooks`."""
         self._heart.moved(step, phase)
+        self._phase_begun = time.perf_counter()
 
     def timed(self, seconds: dict[str, float]) -> None:
         """See `train.hooks.Hooks`."""
@@ -358,9 +360,9 @@ class _Attempt:
         self._committer.deferred(step)
 
     def _begin_commit(self, progress: Progress, parts: int) -> None:
-        begun = time.perf_counter()
         files: dict[str, Any] = dict(snapshot(self._bare, self._optimizer, self._rank, parts))
-        stall = time.perf_counter() - begun
+        # With the comparison of the ranks' weights: since the optimizer's step.
+        stall = time.perf_counter() - self._phase_begun
         if self._rank == 0:
             files |= {
                 "state.json": progress.to_bytes(),

@@ -87,7 +87,7 @@ class Committer:
             commit: its step and attempt.
             files: content of each file, or a function that writes it at a local path.
             parts: ranks that write one.
-            stall_s: seconds that the snapshot took, for the journal.
+            stall_s: seconds that the step loop was held up, for the journal.
         """
         self.check()
         self._deferred_since, self._deferral_told, self._held = None, False, False

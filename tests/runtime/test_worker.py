@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -13,6 +14,7 @@ from clip_ray.config import Config
 from clip_ray.storage import LocalStore
 from clip_ray.train.checkpoint import Checkpoints, Commit
 from clip_ray.train.state import Progress, build_state, snapshot
+from tests import distributed
 from tests.distributed import run_ranks
 
 CONFIG = {"train": {"steps": 9}, "model": {"name": "ViT-micro-8-32"}}
@@ -56,7 +58,10 @@ def tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[to
     return [tensor.detach().clone() for tensor in [*model.state_dict().values(), *moments]]
 
 
-def test_a_commit_is_read_once_whatever_the_number_of_ranks(tmp_path: Path) -> None:
+def test_a_commit_is_read_once_whatever_the_number_of_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "TIMEOUT_S", 180)  # each rank imports Ray
     config = Config.model_validate(CONFIG)
     model, optimizer = build_state(config, seed=5)
     for number, parameter in enumerate(model.parameters()):
