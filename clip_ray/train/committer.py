@@ -59,7 +59,7 @@ class Committer:
         self._failing_since: float | None = None
         self._deferred_since: float | None = None
         self._deferral_told = False
-        self._held, self._hold_s = False, hold_s
+        self._held, self._hold_s, self._waited_s = False, hold_s, 0.0
 
     def busy(self, due: bool = False) -> bool:
         """Tell whether a commit is still being written.
@@ -69,8 +69,9 @@ class Committer:
                 at their steps though they be written a little more slowly than they are due.
         """
         if due and self._writer is not None and not self._held:
-            self._held = True
+            self._held, begun = True, time.perf_counter()
             self._writer.join(timeout=self._hold_s)
+            self._waited_s = time.perf_counter() - begun
         return self._writer is not None and self._writer.is_alive()
 
     @property
@@ -87,9 +88,11 @@ class Committer:
             commit: its step and attempt.
             files: content of each file, or a function that writes it at a local path.
             parts: ranks that write one.
-            stall_s: seconds that the step loop was held up, for the journal.
+            stall_s: seconds that the step loop was held up, for the journal; what it has waited
+                for the commit before (`busy`) is added.
         """
         self.check()
+        stall_s, self._waited_s = stall_s + self._waited_s, 0.0
         self._deferred_since, self._deferral_told, self._held = None, False, False
         write = partial(self._write_part, commit, files)
         if self._rank == 0:

@@ -117,6 +117,9 @@ def test_a_step_waits_a_moment_for_a_commit_once(made: Made) -> None:
     made.commit(20)
     assert not made.committer.busy(due=True)
     assert [commit.step for commit in made.checkpoints.commits()] == [10, 20]
+    # The waits are of the stall that the journal tells, beside the 0.01 s of a snapshot.
+    first, second = (event["stall_s"] for event in made.named("commit"))
+    assert first == 0.01 and 0.2 <= second < 0.2 + BOUND_S
 
 
 def test_it_goes_on_once_the_storage_answers(made: Made) -> None:
