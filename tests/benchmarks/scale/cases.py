@@ -80,7 +80,7 @@ def make_manifest(shards: int, folder: Path) -> Manifest:
 
     with pytest.MonkeyPatch.context() as patched:
         scopes = (Scope(SourceConfig(path=path), None, None, "0" * 64),)
-        patched.setattr(manifests, "find_jobs", lambda data: (jobs, scopes, {}))
+        patched.setattr(manifests, "find_jobs", lambda data, apart: (jobs, scopes, {}))
         manifest = build_manifest(DataConfig(sources=(SourceConfig(path=path),)), found)
     return save_manifest(manifest, LocalStore(folder), "manifest.parquet")
 
