@@ -4,6 +4,7 @@ import pickle
 import shutil
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,15 @@ import pytest
 
 from clip_ray.config import DataConfig, S3Options, SourceConfig
 from clip_ray.data import manifest_file
-from clip_ray.data.indexing import Job, Outcome
-from clip_ray.data.manifest import Manifest, build_manifest, equals
+from clip_ray.data.details import Lists, Spool
+from clip_ray.data.indexing import Entry, Job, Outcome
+from clip_ray.data.manifest import Manifest, build_manifest, equals, gather
 from clip_ray.data.manifest_file import load_manifest, save_manifest, to_bytes
 from clip_ray.data.plan import Plan
 from clip_ray.data.samples import skip
 from clip_ray.data.shards import Sample, fraction_of, read_ordinals
 from clip_ray.errors import ConfigError, DataError
-from clip_ray.storage import LocalStore, open_store
+from clip_ray.storage import FileInfo, LocalStore, open_store
 from tests.data.shard_files import cut, images, pairs, write_parquet, write_tar
 
 FORMAT_1_DIGEST = "d69a50a4b70695620b69111d06d5bb79eccffcc18af160e72f946366a9fab89b"
@@ -289,6 +291,36 @@ def test_a_manifest_that_is_written_again_leaves_one_file_of_details(
     second = save_manifest(build_manifest(config(folder)), store, "m")
     assert store.files() == sorted(["m", second.details.name])
     assert second.details.name != first.details.name
+
+
+def test_a_process_holds_the_lists_of_few_shards(tmp_path: Path) -> None:
+    shards, samples = 200, 20_000
+    rng, none, spool, entries = np.random.default_rng(0), np.zeros(0, np.int64), Spool(), []
+    for number in range(shards):
+        offsets = np.cumsum(rng.integers(80, 240, samples // 2 + 1))
+        held = np.flatnonzero(rng.random(samples) < 0.5)
+        lists = Lists(offsets, held, held[:9], none)
+        entry = Entry(f"{number}.tar", "tar", 10**9, "1", samples, held=len(held), holdout=9)
+        entries.append(replace(entry, marks=len(offsets), lists=lists.digest()))
+        spool.add(lists.pack())
+    jobs = [Job(number, 0, FileInfo(e.path, e.size, "1")) for number, e in enumerate(entries)]
+    built = gather(jobs, entries, spool.details(), ["x"], ("",), {})
+    store = LocalStore(tmp_path)
+    size = store.info(save_manifest(built, store, "m").details.name).size
+    unpacked = 8 * (samples + 1)  # bytes of a shard's lists
+    tracemalloc.start()
+    loaded = load_manifest(store, "m")
+    plan_needs, _ = tracemalloc.get_traced_memory()
+    for shard in range(shards):
+        assert len(loaded.shard(shard).offsets) == samples // 2 + 1
+        last = loaded.train_ordinals(shard, np.array([loaded.train_counts[shard] - 1]))
+        assert samples - 50 < last[0] < samples
+    held_now, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # The table: a few hundred bytes a shard. Of the lists, those of the last few shards: less than
+    # all of them take when they are packed.
+    assert plan_needs < 1000 * shards and len(pickle.dumps(loaded)) < 1000 * shards
+    assert held_now - plan_needs < 10 * unpacked < size
 
 
 def older(number: int) -> Manifest:
