@@ -15,6 +15,7 @@ import secrets
 import tempfile
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -418,8 +419,11 @@ def deal_streams(share: Share, config: ClusterConfig, nodes: list[dict[str, Any]
     label = label_of(config)
     spare = spare_cpus(share, label, nodes)
 
+    alike = Counter(spare)  # of a thousand nodes few differ
+
     def cpus_of(streams: int) -> float:
-        return min(sum(cpus // streams for cpus in spare), share.data_cpus / streams)
+        dealt = sum(nodes * (cpus // streams) for cpus, nodes in alike.items())
+        return min(dealt, share.data_cpus / streams)
 
     streams = config.data_streams
     if streams is None:

@@ -180,7 +180,7 @@ def test_one_cpu_at_least_decodes() -> None:
 
 
 def test_an_image_costs_a_cpu_about_what_is_assumed() -> None:
-    """Measured here, in CPU time: decode and crop, the largest parts (a factor of 4 of room)."""
+    """Decode and crop, the largest parts, within a factor of 4; 2 in tests/benchmarks/sizing."""
     from time import process_time
 
     from clip_ray.images import decode, train_crop
