@@ -180,13 +180,12 @@ class Watch:
     def slow(self, pulse: Pulse, layout: Layout) -> None:
         """Say, once for each rank, phase and block, what all wait for."""
         text = f"all wait for {pulse.who}, in {pulse.phase}"
-        shards: list[str] = []
         if pulse.block is not None:
             text += f", block {pulse.block} of the data"
-            shards = _shards(self._run, layout, pulse.block)
         if text == self._slow:
             return
         self._slow = text
+        shards = [] if pulse.block is None else _shards(self._run, layout, pulse.block)
         named = ", ".join(shards[:NAMED]) + (" ..." if len(shards) > NAMED else "")
         self.note(f"{text}{f' (from {named})' if named else ''} for {pulse.still_s:.0f} s")
         self.event(
