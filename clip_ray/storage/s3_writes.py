@@ -1,8 +1,8 @@
 """Writes to S3, each request of which is repeated within the same bounds as a read.
 
-s3fs writes too, but waits an hour for a store that hangs, and takes a delete that was refused for
-one that was done. A large file goes up in parts, some at a time: each part has the time of one
-request, so that a file of any size may be written, and one that gets nowhere is given up.
+s3fs writes too, but waits half an hour for a store that hangs, and takes a delete that was refused
+for one that was done. A large file goes up in parts, some at a time: each part has the time of
+one request, so that a file of any size may be written, and one that gets nowhere is given up.
 
 What is known of an upload that is given up is aborted; where the store does not even answer that,
 its parts stay. A rule of the bucket for incomplete uploads clears them away.
