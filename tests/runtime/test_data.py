@@ -107,7 +107,7 @@ class Stalls(BatchStream):
         def blocks(**options: Any) -> Iterator[dict[str, Any]]:
             for count, which in enumerate(deal.numbers(self._rank)):
                 assert count == 0 or self.let_go.wait(10), "never let go"
-                names = ("valid", "truncated", "shard", "place", "number")
+                names = ("valid", "truncated", "shard", "place", "number", "made_on")
                 block: dict[str, Any] = {name: np.zeros(4, np.int64) for name in names}
                 block |= {"pixels": np.zeros((4, 1, 1, 3), np.uint8)}
                 block |= {"ids": np.zeros((4, 1), np.int32), "bad": np.full(4, "", dtype=object)}
@@ -116,7 +116,9 @@ class Stalls(BatchStream):
         return SimpleNamespace(iter_batches=blocks)
 
 
-def test_a_stream_says_which_block_it_waits_for():
+def test_a_stream_says_which_block_it_waits_for(monkeypatch):
+    here = SimpleNamespace(get_node_id=lambda: "00" * 28)
+    monkeypatch.setattr("clip_ray.runtime.data.ray.get_runtime_context", lambda: here)
     layout = Layout(world_size=2, rows=2, window=2, chunks=1)
     Stalls.let_go = threading.Event()
     stream = Stalls(MagicMock(), "s", MagicMock(), layout, 1, 0, 6, share(2, 1))
