@@ -2,12 +2,14 @@
 
 Each drill is a real job of its own, `jobs/pretrain.py` with the user's cluster, storage and
 tracking and a model that trains in a minute. What the run's directory says afterwards is judged,
-against a run that nothing was done to.
+against a run that nothing was done to. Nothing but these runs is harmed: a node is lost by killing
+the workers on it, not the node.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -35,7 +37,9 @@ LENGTH_S = 40.0  # a run lasts so long when nothing happens: a fault comes in it
 COMMITS = 20  # over its length
 START_S = 600.0
 JOB_S = 1800.0
+SAME = 1e-4  # the last loss, relative: what another order of summation may change
 _SHORT = 60  # steps of the run that tells how long a step takes
+_NOBODY = "http://127.0.0.1:9"  # the discard port: refused at once
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,15 @@ class _Run:
     steps: int
     store: Store
     log: Path
+    flags: tuple[str, ...] = ()
     jobs: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(self) -> None:
-        """Start the job: the same command each time."""
+        """Start the job: the same command each time, but for `flags`."""
         root = Path(__file__).resolve().parents[2]
         command = [sys.executable, str(root / "jobs" / "pretrain.py"), "--config", str(self.recipe)]
         command += ["--run.name", self.name, "--train.steps", str(self.steps)]
-        command += ["--checkpoint.every_steps", str(max(self.steps // COMMITS, 1))]
+        command += ["--checkpoint.every_steps", str(max(self.steps // COMMITS, 1)), *self.flags]
         with open(self.log, "ab") as log:
             self.jobs.append(
                 subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -126,6 +131,11 @@ def _stop_worker(run: _Run) -> None:
     run.finish()
 
 
+def _tell_worker(run: _Run) -> None:
+    run.worker(signal.SIGTERM)
+    run.finish()
+
+
 def _kill_job(run: _Run) -> None:
     run.kill()
     run.start()
@@ -150,17 +160,104 @@ def _damage_commit(run: _Run) -> None:
     run.finish()
 
 
-_DRILLS: tuple[tuple[str, str, str, Callable[[_Run], None]], ...] = (
-    ("a worker is killed", "goes on from the last commit", "attempt_failed", _kill_worker),
-    ("a worker is stopped", "found, named and ended", "hang", _stop_worker),
-    ("the job is killed", "the same command goes on", "attempt", _kill_job),
-    ("the job gets SIGTERM", "commits, no step is lost", "commit", _stop_job),
-    ("the newest commit rots", "the one before is used", "commit_rejected", _damage_commit),
+def _workers_by_node(run: _Run) -> dict[str, list[int]]:
+    """Return the processes of the run's workers; rank 0's node is the first. None without Ray."""
+    if not ray.is_initialized():
+        return {}
+    attempt = [row for row in run.rows("events") if row["event"] == "attempt"][-1]
+    actors = ray._private.state.actors().values()
+    alive = [
+        (actor["Address"]["NodeID"], actor["Pid"], actor["JobID"])
+        for actor in actors
+        if actor["ActorClassName"] == "RayTrainWorker" and actor["State"] == "ALIVE"
+    ]
+    # Others may train on the cluster, too.
+    first = (attempt["node"], attempt["pid"])
+    jobs = {job for node, pid, job in alive if (node, pid) == first}
+    found: dict[str, list[int]] = {attempt["node"]: []}
+    for node, pid, job in alive:
+        if job in jobs:
+            found.setdefault(node, []).append(pid)
+    return found
+
+
+def _kill_workers_of_a_node(run: _Run) -> None:
+    node, pids = list(_workers_by_node(run).items())[-1]
+    for pid in pids:
+        signal_process(node, pid, signal.SIGKILL)
+    run.finish()
+
+
+def _silence_mlflow(run: _Run) -> None:
+    run.finish()
+    run.flags = ()
+    # The run is finished: this hands over what MLflow has not been told.
+    run.start()
+    run.finish()
+    if not json.loads(run.store.read("tracking.json")).get("run_id"):
+        raise TrainingError(f"MLflow was told nothing afterwards; see {run.log}")
+
+
+@dataclass(frozen=True)
+class _Drill:
+    """A fault, and what should come of it.
+
+    Attributes:
+        fault: in words.
+        expected: in words.
+        event: journalled because of it.
+        inject: does it to a run in its middle, and waits for the run's end.
+        flags: of the job, until `inject` takes them away.
+        begins_again: the run goes on from a commit.
+        loses: steps may be done again.
+        nodes: the workers must be on so many.
+    """
+
+    fault: str
+    expected: str
+    event: str
+    inject: Callable[[_Run], None]
+    flags: tuple[str, ...] = ()
+    begins_again: bool = True
+    loses: bool = True
+    nodes: int = 1
+
+
+_DRILLS = (
+    _Drill("a worker is killed", "goes on from the last commit", "attempt_failed", _kill_worker),
+    _Drill("a worker is stopped", "found, named and ended", "hang", _stop_worker),
+    _Drill(
+        "all workers of a node are killed",
+        "goes on from the last commit",
+        "attempt_failed",
+        _kill_workers_of_a_node,
+        nodes=2,
+    ),
+    _Drill(
+        "a worker gets SIGTERM", "commits, no step is lost", "preempted", _tell_worker, loses=False
+    ),
+    _Drill("the job is killed", "the same command goes on", "attempt", _kill_job),
+    _Drill("the job gets SIGTERM", "commits, no step is lost", "commit", _stop_job, loses=False),
+    _Drill("the newest commit rots", "the one before is used", "commit_rejected", _damage_commit),
+    _Drill(
+        "MLflow does not answer",
+        "trains on, tells it later",
+        "tracking_outage",
+        _silence_mlflow,
+        flags=("--tracking.uri", _NOBODY),
+        begins_again=False,
+        loses=False,
+    ),
 )
 
 
-def drill(config: Config, say: Callable[[str], None]) -> list[Finding]:
+def drill(config: Config, say: Callable[[str], None], length_s: float = LENGTH_S) -> list[Finding]:
     """Run all drills with a config's cluster, storage, tracking and device.
+
+    Args:
+        config: the user's.
+        say: prints a line.
+        length_s: seconds that a run lasts when nothing happens.
 
     Raises:
         ClipRayError: not even the run that nothing is done to ends.
@@ -172,24 +269,28 @@ def drill(config: Config, say: Callable[[str], None]) -> list[Finding]:
         recipe = logs / "recipe.yaml"
         recipe.write_text(yaml.safe_dump(_recipe(config, folder)))
 
-        def run_of(name: str, steps: int) -> _Run:
+        def run_of(name: str, steps: int, flags: tuple[str, ...] = ()) -> _Run:
             store = open_store(folder, config.run.s3).child(name)
-            return _Run(recipe, name, steps, store, logs / f"{name}.log")
+            return _Run(recipe, name, steps, store, logs / f"{name}.log", flags)
 
         short = _undisturbed(run_of("short", _SHORT))
         rows = short.rows("metrics")[_SHORT // 2 :]
         step_s = sum(row["step_s"] for row in rows) / len(rows)
-        steps = max(round(LENGTH_S / step_s), 2 * _SHORT)
+        steps = max(round(length_s / step_s), 2 * _SHORT)
         say(f"{1000 * step_s:.1f} ms a step, so {steps} steps a run")
         reference = _undisturbed(run_of("undisturbed", steps))
         found = []
-        for number, (fault, expected, event, inject) in enumerate(_DRILLS, 1):
-            say(f"drill {number} of {len(_DRILLS)}: {fault}")
-            run = run_of(f"drill-{number}", steps)
+        for number, one in enumerate(_DRILLS, 1):
+            say(f"drill {number} of {len(_DRILLS)}: {one.fault}")
+            run = run_of(f"drill-{number}", steps, one.flags)
             try:
-                found.append(_one(run, reference, fault, expected, event, inject))
+                finding = _carried_out(run, reference, one)
             finally:
                 run.kill()
+            if finding is None:
+                say(f"left out: the run's workers are not on {one.nodes} nodes")
+            else:
+                found.append(finding)
     return found
 
 
@@ -202,40 +303,47 @@ def _undisturbed(run: _Run) -> _Run:
     return run
 
 
-def _one(
-    run: _Run,
-    reference: _Run,
-    fault: str,
-    expected: str,
-    event: str,
-    inject: Callable[[_Run], None],
-) -> Finding:
+def _carried_out(run: _Run, reference: _Run, drill: _Drill) -> Finding | None:
+    """Return what came of a drill; None where the run's workers are on too few nodes for it."""
     run.start()
     try:
         run.until_step(run.steps // 3)
+        if drill.nodes > 1 and len(_workers_by_node(run)) < drill.nodes:
+            return None
         happened = time.time()
-        inject(run)
+        drill.inject(run)
         proof = verify(run.store)
     except ClipRayError as error:
-        return Finding(fault, expected, str(error), None, False)
+        return Finding(drill.fault, drill.expected, str(error), None, False)
     after = [row for row in run.rows("events") if row["time"] >= happened]
     steps = [row for row in run.rows("metrics") if row["time"] >= happened]
-    attempts = [row for row in after if row["event"] == "attempt"]
     again = next((row for row in steps if row["attempt"] > 1), None)
-    lost = sum(row["recomputes"] for row in attempts)
+    lost = sum(row["recomputes"] for row in after if row["event"] == "attempt")
     same = [
         [row["samples_digest"] for row in lineage(one.rows("metrics"))] for one in (run, reference)
     ]
-    ends = [one.rows("metrics")[-1]["loss"] for one in (run, reference)]
-    seen = any(row["event"] == event for row in after)
-    held = proof.holds and same[0] == same[1] and seen and again is not None
-    if event == "commit":
-        held = held and lost == 0
-    differs = "the same samples" if same[0] == same[1] else "OTHER SAMPLES"
-    observed = f"{lost} steps done again, {differs}, loss {ends[0]:.4f} (undisturbed {ends[1]:.4f})"
-    if not seen:
-        observed += f"; no {event} event"
-    return Finding(fault, expected, observed, again["time"] - happened if again else None, held)
+    end, undisturbed = (one.rows("metrics")[-1]["loss"] for one in (run, reference))
+    # Flags do their harm from the start.
+    seen = any(
+        row["event"] == drill.event for row in (run.rows("events") if drill.flags else after)
+    )
+    faults = [
+        "OTHER SAMPLES" if same[0] != same[1] else "",
+        "ANOTHER LOSS" if abs(end - undisturbed) > SAME * abs(undisturbed) else "",
+        "" if proof.holds else proof.as_text(),
+        "" if seen else f"no {drill.event} event",
+        "did not begin again" if drill.begins_again and again is None else "",
+        "steps were lost" if lost and not drill.loses else "",
+    ]
+    observed = f"{lost} steps done again, loss {end:.4f} (undisturbed {undisturbed:.4f})"
+    wrong = "; ".join(fault for fault in faults if fault)
+    return Finding(
+        drill.fault,
+        drill.expected,
+        f"{wrong}; {observed}" if wrong else f"the same samples, {observed}",
+        again["time"] - happened if again else None,
+        not wrong,
+    )
 
 
 def _recipe(config: Config, folder: str) -> dict[str, Any]:

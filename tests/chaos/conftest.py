@@ -29,7 +29,9 @@ def head(
     tmp_path_factory: pytest.TempPathFactory, s3: S3Options, faults: dict[str, str]
 ) -> Iterator[Head]:
     # `s3` first: the head's processes inherit the credentials that it sets.
-    with ray_head(tmp_path_factory.mktemp("ray"), cpus=6, **faults) as running:
+    with ray_head(
+        tmp_path_factory.mktemp("ray"), cpus=6, with_dashboard=False, **faults
+    ) as running:
         yield running
 
 
@@ -43,7 +45,9 @@ def undisturbed(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory, faults: dict[str, str]) -> Iterator[Head]:
     """A head with room for the data and one worker of two CPUs; tests add nodes."""
-    with ray_head(tmp_path_factory.mktemp("elastic"), cpus=3, **faults) as head:
+    with ray_head(
+        tmp_path_factory.mktemp("elastic"), cpus=3, with_dashboard=False, **faults
+    ) as head:
         yield head
 
 

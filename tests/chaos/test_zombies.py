@@ -44,7 +44,7 @@ def everything(process: psutil.Process) -> list[psutil.Process]:
 def test_a_rank_that_wakes_up_in_the_middle_of_a_commit(undisturbed, faults, tmp_path):
     """Its whole node stops before COMMIT is created, and goes on when another has taken over."""
     with (
-        ray_head(tmp_path, cpus=1, **faults, **SILENCE) as head,
+        ray_head(tmp_path, cpus=1, with_dashboard=False, **faults, **SILENCE) as head,
         ray_node(head, tmp_path, cpus=2) as one,
         ray_node(head, tmp_path, cpus=2) as other,
     ):
@@ -88,7 +88,9 @@ def test_a_node_that_is_cut_off_and_comes_back(undisturbed, faults, tmp_path):
     with network() as net:
         gloo = {"GLOO_SOCKET_IFNAME": net.interface}
         with (
-            ray_head(tmp_path, cpus=3, host=net.here, **faults, **SILENCE, **gloo) as head,
+            ray_head(
+                tmp_path, cpus=3, host=net.here, with_dashboard=False, **faults, **SILENCE, **gloo
+            ) as head,
             ray_node(head, tmp_path, cpus=2, host=net.there, namespace=net.namespace) as node,
         ):
             jobs = Jobs(head, tmp_path)

@@ -85,8 +85,18 @@ def wait_for(condition: Callable[[], object], timeout_s: float, what: str) -> No
 
 
 @contextlib.contextmanager
-def ray_head(folder: Path, cpus: int, host: str = HOST, **variables: str) -> Iterator[Head]:
-    """Run a Ray head with its dashboard and more environment; its log goes to the folder."""
+def ray_head(
+    folder: Path, cpus: int, host: str = HOST, with_dashboard: bool = True, **variables: str
+) -> Iterator[Head]:
+    """Run a Ray head with more environment; its log goes to the folder.
+
+    Args:
+        folder: where its log goes.
+        cpus: that it says it has.
+        host: its address.
+        with_dashboard: for `ray job submit`; its dozen processes take long to start.
+        variables: more of its environment.
+    """
     port, dashboard, client, agent, agent_grpc = free_ports(5)
     # Not below pytest's directory: a socket's path ends at 107 characters.
     with tempfile.TemporaryDirectory(prefix="cr-", ignore_cleanup_errors=True) as temp:
@@ -104,15 +114,16 @@ def ray_head(folder: Path, cpus: int, host: str = HOST, **variables: str) -> Ite
         }
         options = [
             *("--head", f"--port={port}", f"--dashboard-port={dashboard}"),
-            *("--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--temp-dir={temp}"),
+            *(f"--include-dashboard={str(with_dashboard).lower()}", "--dashboard-host=127.0.0.1"),
+            f"--temp-dir={temp}",
             *(f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"),
             f"--dashboard-agent-grpc-port={agent_grpc}",
         ]
         log = folder / "head.log"
         with _ray_start(log, env, cpus, options, host) as process:
             url = f"http://127.0.0.1:{dashboard}"
-            wait_for(lambda: _has_joined(process, log), START_S, f"see {log}")
-            wait_for(lambda: answers(f"{url}/api/version"), START_S, f"see {log}")
+            if with_dashboard:
+                wait_for(lambda: answers(f"{url}/api/version"), START_S, f"see {log}")
             address = f"{host}:{port}"
             yield Head(address, url, {**env, "RAY_ADDRESS": address}, process.pid)
 
@@ -136,14 +147,7 @@ def ray_node(
     log = folder / f"node-{agent}.log"
     inside = ("ip", "netns", "exec", namespace) if namespace else ()
     with _ray_start(log, head.env, cpus, options, host, inside) as process:
-        wait_for(lambda: _has_joined(process, log), START_S, f"see {log}")
         yield process
-
-
-def _has_joined(process: subprocess.Popen[bytes], log: Path) -> bool:
-    if process.poll() is not None:
-        pytest.fail(f"a node did not start: {log.read_text()[-2000:]}")
-    return "Ray runtime started" in log.read_text()
 
 
 @contextlib.contextmanager
@@ -161,19 +165,40 @@ def _ray_start(
         *(f"--node-ip-address={host}", f"--num-cpus={cpus}", "--num-gpus=0"),
         *("--object-store-memory=500000000", "--disable-usage-stats"),
     ]
-    with open(log, "wb") as output:
-        process = subprocess.Popen(
-            command, env=env, stdout=output, stderr=output, start_new_session=True
-        )
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
+    # Ray gives a node half a minute to start, on whatever machine.
+    for _ in range(3):
+        with open(log, "wb") as output:
+            process = subprocess.Popen(
+                command, env=env, stdout=output, stderr=output, start_new_session=True
+            )
         try:
-            process.wait(5)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            if _has_joined(process, log):
+                yield process
+                return
+        finally:
+            _end_group(process)
+    pytest.fail(f"a node did not start in three tries: {log.read_text()[-2000:]}")
+
+
+def _has_joined(process: subprocess.Popen[bytes], log: Path) -> bool:
+    """Wait until a node has joined; return false where it was too slow for Ray."""
+    wait_for(
+        lambda: "Ray runtime started" in log.read_text() or process.poll() is not None,
+        START_S,
+        f"see {log}",
+    )
+    if process.poll() is not None and "timed out during startup" not in log.read_text():
+        pytest.fail(f"a node did not start: {log.read_text()[-2000:]}")
+    return process.poll() is None
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(5)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 @dataclass
