@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jsonschema
 import pytest
@@ -168,7 +172,7 @@ def test_the_spot_variant_is_a_range_down_to_one_node(cloud: str):
 def test_what_is_copied_is_there_and_what_is_run_is_shell(cloud: str):
     config = read(cloud)
     own = {remote: local for remote, local in config["file_mounts"].items() if local[0] != "~"}
-    assert len(own) == 6
+    assert len(own) == 7
     for local in own.values():
         assert (ROOT / local).exists(), local
     for key in ("setup_commands", "head_start_ray_commands", "worker_start_ray_commands"):
@@ -244,3 +248,73 @@ def test_google_nodes_that_touch_data_have_our_account_and_the_page_names_its_ro
     assert 'DEFAULT_SERVICE_ACCOUNT_ID = RAY + "-sa-" + VERSION' in source
     assert "ray-autoscaler-sa-v1" in text
     assert "roles/storage.objectViewer" in text and "-o ro" in "".join(config["setup_commands"])
+
+
+class Metadata(BaseHTTPRequestHandler):
+    """Stands in for a cloud's metadata service, which gives notice at the third look."""
+
+    looks: ClassVar[list[str]] = []
+
+    def do_PUT(self) -> None:
+        self.answer(200, b"token" if self.path == "/latest/api/token" else b"?")
+
+    def do_GET(self) -> None:
+        self.looks.append(self.path)
+        told = len(self.looks) >= 3
+        if self.path == "/latest/meta-data/spot/instance-action":
+            right = self.headers["X-aws-ec2-metadata-token"] == "token"
+            self.answer(200 if told and right else 404, b"{}")
+        elif self.path == "/computeMetadata/v1/instance/preempted":
+            assert self.headers["Metadata-Flavor"] == "Google"
+            self.answer(200, b"TRUE" if told else b"FALSE")
+        else:
+            self.answer(404, b"")
+
+    def answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.skipif(
+    not (shutil.which("curl") and shutil.which("flock")), reason="curl and flock are Linux nodes'"
+)
+@pytest.mark.parametrize(("cloud", "seconds"), [("aws", "100"), ("gcp", "25")])
+def test_a_spot_machine_is_announced_once_the_cloud_says_so(
+    cloud: str, seconds: str, tmp_path: Path
+):
+    from ray.scripts.scripts import cli
+
+    Metadata.looks.clear()
+    (tmp_path / "ray").write_text(f"#!/bin/bash\nprintf '%s\\n' \"$@\" > {tmp_path}/told\n")
+    (tmp_path / "ray").chmod(0o755)
+    server = HTTPServer(("127.0.0.1", 0), Metadata)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    clean = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
+    env = clean | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
+    try:
+        script = ["bash", str(FOLDER / "spot-notice.sh"), cloud, "10.0.0.1:6379", url, "0.05"]
+        done = subprocess.run(script, env=env, timeout=60, capture_output=True, text=True)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert done.returncode == 0, done.stderr
+    assert len(Metadata.looks) == 3 and "announced" in done.stdout
+    command, *words = (tmp_path / "told").read_text().splitlines()
+    told = dict(zip(words[::2], words[1::2], strict=True))
+    assert command == "drain-node" and told["--address"] == "10.0.0.1:6379"
+    assert told["--deadline-remaining-seconds"] == seconds
+    options = {option: p for p in cli.commands[command].params for option in p.opts}
+    assert set(told) <= set(options)
+    assert told["--reason"] in options["--reason"].type.choices
+    for line in read(cloud)["worker_start_ray_commands"]:
+        if "spot-notice" in line:
+            assert f"spot-notice.sh {cloud} $RAY_HEAD_IP:6379" in line and line.endswith("&")
+            break
+    else:
+        raise AssertionError("no node is watched")
