@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from clip_ray.errors import ClusterError, ConfigError
 from clip_ray.registry import ServedModel, Target
+from clip_ray.runtime.serve_config import PLACEHOLDER
 
 _OURS = {"name", "version", "uri", "digest"}
 ASK_S = 5.0  # of one broadcast; status() reads memory, and a replica that is slower is busy
@@ -100,7 +101,7 @@ def with_target(config: dict[str, Any], place: Place, target: Target) -> dict[st
 def successor(model: ServedModel, current: Target | None, keep_previous: bool) -> Target:
     """Return the target after `current`, which stays answerable beside it where wanted."""
     previous = None
-    if current is not None and keep_previous:
+    if current is not None and current.digest != PLACEHOLDER and keep_previous:
         same = (current.id, current.digest) == (model.id, model.digest)
         previous = current.previous if same else current.plain()
     return Target(**model.plain().model_dump(), previous=previous)

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from clip_ray.config.serving import ServeConfig
 from clip_ray.errors import ClusterError, ConfigError
 from clip_ray.registry import ServedModel, Target
 from clip_ray.runtime import rollout
 from clip_ray.runtime.rollout import OvertakenError, RolloutError, confirm, gist, roll_out
+from clip_ray.runtime.serve_config import placeholder
 from clip_ray.runtime.serving import Place, find_place, places, successor, with_target
 
 
@@ -375,6 +377,11 @@ def test_the_model_before_stays_answerable(to, current, keep, previous):
     assert successor(model(to), current, keep) == Target(
         **model(to).model_dump(), previous=expected
     )
+
+
+def test_a_file_without_a_model_yet_has_no_model_before():
+    settings = ServeConfig(profile="cluster", model_store="s3://b/models")
+    assert successor(model(2), placeholder(settings, "clip"), True).previous is None
 
 
 def test_the_gist_of_a_traceback_is_its_error():
