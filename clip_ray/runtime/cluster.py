@@ -263,12 +263,24 @@ def _share_with_room(config: ClusterConfig, wants_gpu: bool) -> tuple[Share | No
             return None, problem
         if found is None or _has_room(found):
             return found, problem
-        counts = range(counts[0], found.num_workers)
+        # Not one less at a time: each try takes ROOM_S, and of a thousand many may not fit.
+        counts = range(counts[0], min(found.num_workers, taken_by_nodes(free_by_node(), found) + 1))
         if not counts:
             return None, (
                 f"{found.describe()}: no node has room for the last of the workers; lower "
                 "cluster.num_workers or cluster.cpus_per_worker"
             )
+
+
+def taken_by_nodes(nodes: list[dict[str, float]], share: Share) -> int:
+    """Return how many workers of a share the nodes take, each what it has free."""
+    return sum(
+        min(
+            int(free.get("CPU", 0.0) / share.worker_cpus),
+            int(free.get("GPU", 0.0)) if share.worker_gpus else share.num_workers,
+        )
+        for free in nodes
+    )
 
 
 def missing_readers(share: Share, config: ClusterConfig, nodes: list[dict[str, Any]]) -> str:
@@ -347,9 +359,13 @@ def job_actors(name: str, since: float) -> list[tuple[str, int]]:
 
 def free_resources() -> dict[str, float]:
     """Return what is free on the nodes that will stay."""
+    return {name: sum(free.get(name, 0.0) for free in free_by_node()) for name in ("CPU", "GPU")}
+
+
+def free_by_node() -> list[dict[str, float]]:
+    """Return what is free on each node that will stay."""
     by_node = ray._private.state.available_resources_per_node()
-    mine = [by_node.get(node["NodeID"], {}) for node in usable_nodes()]
-    return {name: sum(free.get(name, 0.0) for free in mine) for name in ("CPU", "GPU")}
+    return [by_node.get(node["NodeID"], {}) for node in usable_nodes()]
 
 
 def share_of(

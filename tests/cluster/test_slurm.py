@@ -90,7 +90,15 @@ def shellcheck(script: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("script", ["cluster/slurm/pretrain.sbatch", ".ci/run", ".ci/make-venv.sh"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        "cluster/slurm/pretrain.sbatch",
+        "cluster/ray-up/spot-notice.sh",
+        ".ci/run",
+        ".ci/make-venv.sh",
+    ],
+)
 def test_shellcheck_has_nothing_to_say(script: str):
     assert shellcheck(ROOT / script) == ""
 

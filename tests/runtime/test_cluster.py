@@ -58,6 +58,32 @@ def test_less_than_the_least_of_a_range_is_refused():
     assert found is None and "asked: 2 workers" in problem
 
 
+@pytest.mark.parametrize(
+    ("nodes", "gpu", "workers", "tries"),
+    [
+        # 4 of 2 CPUs fit on four nodes of 3.9, though the sum is enough for 7.
+        ([{"CPU": 3.9}] * 4, False, 4, [7, 4]),
+        ([{"CPU": 8.0, "GPU": 2.0}] * 3 + [{"CPU": 3.0, "GPU": 8.0}], True, 7, [8, 7]),
+        ([{"CPU": 20.0}], False, 8, [8]),
+        ([{"CPU": 1.9}] * 8, False, None, [7]),
+    ],
+)
+def test_room_is_looked_for_once_more_not_once_a_worker(monkeypatch, nodes, gpu, workers, tries):
+    tried: list[int] = []
+
+    def has_room(share: cluster.Share) -> bool:
+        tried.append(share.num_workers)
+        return share.num_workers <= cluster.taken_by_nodes(nodes, share)
+
+    monkeypatch.setattr(cluster, "usable_nodes", lambda: [{}] * len(nodes))
+    monkeypatch.setattr(cluster, "free_by_node", lambda: nodes)
+    monkeypatch.setattr(cluster, "_has_room", has_room)
+    config = ClusterConfig(num_workers=(2, 8), cpus_per_worker=2)
+    found, problem = cluster._share_with_room(config, gpu)
+    assert (found and found.num_workers, tried) == (workers, tries)
+    assert bool(problem) == (workers is None)
+
+
 def test_with_a_label_the_run_waits_for_nodes_that_have_it():
     def node(name: str, gpus: float, **labels: str) -> dict[str, object]:
         resources = {"CPU": 32.0} | ({"GPU": gpus} if gpus else {})
