@@ -262,10 +262,11 @@ def build_manifest(
     def keep(number: int, entry: Entry) -> None:
         found[number] = replace(entry, record=b""), spool.add(entry.record)
 
-    for job in jobs if earlier is not None else ():
-        known = earlier.find(job, settings[job.source]) if earlier is not None else None
-        if known is not None:
-            keep(job.number, known)
+    if earlier is not None:
+        for job in jobs:
+            known = earlier.find(job, settings[job.source])
+            if known is not None:
+                keep(job.number, known)
     todo = [job for job, entry in zip(jobs, found, strict=True) if entry is None]
     done = len(jobs) - len(todo)
     if progress is not None:

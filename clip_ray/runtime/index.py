@@ -1,4 +1,11 @@
-"""Indexing shards with Ray tasks, one a shard."""
+"""Indexing shards with Ray tasks, one a shard.
+
+Not with Ray Data, which the data path uses: here a result is wanted the moment a shard is done,
+in any order, because an index that is killed goes on from what it has recorded; a task that is
+lost is one shard again; a user's error comes as itself; and that nothing was finished for ten
+minutes is seen. Ray Data hands results out by blocks, so that all this would take a block a shard
+all the same, and an executor between.
+"""
 
 from __future__ import annotations
 
