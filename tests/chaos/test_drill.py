@@ -14,11 +14,13 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 # jobs/drill.py with runs of a few seconds.
 SCRIPT = """
 import sys
+from pathlib import Path
 from clip_ray.config.load import load_config
 from clip_ray.runtime.drill import drill, table
 from clip_ray.runtime.train import resolve
 
-config = load_config(sys.argv[1:], default_recipe="jobs/configs/quickstart.yaml", program="drill")
+recipe = Path("jobs/configs/quickstart.yaml")
+config = load_config(sys.argv[1:], default_recipe=recipe, program="drill")
 findings = drill(resolve(config), print, length_s=6.0)
 print(table(findings))
 raise SystemExit(not all(one.held for one in findings))
