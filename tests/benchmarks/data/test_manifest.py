@@ -40,7 +40,6 @@ from clip_ray.data import manifest as manifests
 from clip_ray.data.details import Lists
 from clip_ray.data.indexing import Entry, Job, Outcome, Scope
 from clip_ray.data.manifest_file import save_manifest
-from clip_ray.data.samples import Ints
 from clip_ray.data.tar import STRIDE
 from clip_ray.storage import FileInfo, LocalStore
 
