@@ -125,6 +125,7 @@ async def load(
     clients: int = 0,
     pause_s: float = 0.0,
     rate: float = 0.0,
+    key: str | None = None,
 ) -> Load:
     """Send embedding requests until `stop`; nothing is retried.
 
@@ -135,11 +136,13 @@ async def load(
         clients: closed loop: each sends its next when it has an answer, and has paused.
         pause_s: of a client.
         rate: open loop in the place of clients: requests a second, Poisson, whatever is answered.
+        key: sent along.
     """
     seen = Load()
     turn = itertools.count()
     connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(connector=connector) as session:
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    async with aiohttp.ClientSession(connector=connector, headers=headers) as session:
 
         async def send() -> None:
             which, start = next(turn) % len(bodies), time.monotonic()
@@ -174,7 +177,7 @@ async def load(
 
 
 @contextmanager
-def loaded(url: str, bodies: list[dict[str, Any]], **how: float) -> Iterator[Callable[[], Load]]:
+def loaded(url: str, bodies: list[dict[str, Any]], **how: Any) -> Iterator[Callable[[], Load]]:
     """Keep a load on during the block; the yielded function ends it and returns what it saw."""
     stop = asyncio.Event()
     loop = asyncio.new_event_loop()
