@@ -16,15 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow
+import numpy as np
 import psutil
 import pytest
 import yaml
+from PIL import Image
 
 from clip_ray.config import S3Options
 from clip_ray.eval.evaluate import evaluate
 from clip_ray.inference import Encoder
 from cluster import local
-from tests.browser import Browser
+from tests.browser import Browser, Page
 from tests.cluster.site import ROOT, Site, ask, cluster_up
 from tests.runtime.support import RECIPE, answers, free_ports, ray_head, wait_for
 from tests.serve.live import loaded
@@ -357,7 +359,7 @@ def test_under_load_it_scales_over_nodes_and_takes_a_new_version(
     ]["version"] == "2"  # fmt: skip
 
 
-# By the metric in a chart's legend: the steps and values that it plots, and its line's length.
+# By the metric in a chart's legend: the steps and values it plots, its line's length, its place.
 # textContent, because innerText lays the page out anew, each time that it is asked.
 CHARTS = """Object.fromEntries([...document.querySelectorAll(".js-plotly-plot")].map((chart) => {
   const legend = /seed-1 \\((\\w+)\\)/;
@@ -366,8 +368,18 @@ CHARTS = """Object.fromEntries([...document.querySelectorAll(".js-plotly-plot")]
   const line = chart.querySelector("path.js-line");
   const {x, y} = chart.data?.[0] ?? {};
   const drawn = [Array.from(x ?? []), Array.from(y ?? []), line?.getTotalLength() ?? 0];
-  return [legend.exec(card.textContent)?.[1], drawn];
+  const {left, top, right, bottom} = chart.getBoundingClientRect();
+  return [legend.exec(card.textContent)?.[1], [...drawn, [left, top, right, bottom]]];
 }))"""
+
+
+def drawn(page: Page, metric: str, file: Path) -> bool:
+    """Take a screenshot; tell whether a metric's chart has a line, in colour, in its place."""
+    shot = Image.open(page.screenshot(file)).convert("RGB")
+    # A chart is drawn anew with each change of the page, and turns a wheel meanwhile.
+    place = page.evaluate(f"({CHARTS})[{metric!r}]?.[3]")
+    colours = np.asarray(shot.crop(place)).astype(int) if place else np.zeros((1, 1, 3))
+    return bool((np.ptp(colours, axis=2) > 60).sum() > 50)
 
 
 def test_mlflow_shows_the_run_its_curves_and_the_model(
@@ -393,11 +405,11 @@ def test_mlflow_shows_the_run_its_curves_and_the_model(
     page.go(f"{of_run}/model-metrics")
     page.wait("document.querySelector('.js-plotly-plot path.js-line')", 60)
     page.wait(f"({CHARTS}).loss?.[2] > 50", 60)
-    steps, losses, _ = page.evaluate(f"({CHARTS}).loss")
+    steps, losses, *_ = page.evaluate(f"({CHARTS}).loss")
     history = client.get_metric_history(run.info.run_id, "loss")
     assert steps == [point.step for point in history] == list(range(1, STEPS + 1))
     assert losses == [point.value for point in history] and losses[-1] < losses[0]
-    page.screenshot(tmp_path / "curves.png")
+    wait_for(lambda: drawn(page, "loss", tmp_path / "curves.png"), 60, "the curve of the loss")
 
     page.go(f"{tracking.url}/#/models/{MODEL}")
     page.wait("document.body.innerText.includes('Version 2')", 60)
