@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -232,7 +233,8 @@ def test_where_a_stopped_worker_is_is_seen_before_it_is_killed(tmp_path):
         assert how == "killed (state T (stopped))" and mine.wait(10) == -9
     if stack.startswith("no stack: ") and os.geteuid() != 0:
         pytest.skip(stack)
-    assert stacks.short(stack).startswith("waits_for_ever (waits.py:7) < "), stack
+    # Stopped anywhere in it: it may not have come to its loop.
+    assert re.match(r"waits_for_ever \(waits\.py:[567]\) < ", stacks.short(stack)), stack
 
 
 def test_the_stack_that_a_rank_sent_stands_in_where_nobody_may_look(monkeypatch):
