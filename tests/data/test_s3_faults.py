@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -178,66 +175,3 @@ def test_a_slot_of_parquet_is_one_request_for_its_row_groups_and_a_footer_once(
     assert len(log) <= 1.05 * slots + 2
     # Whole row groups are read: on both sides a slot takes rows of groups that it shares.
     assert read <= 1.05 * (plan.slot + 2 * rows) / plan.slot
-
-
-def waits_of_two_ranks(reader: BlockReader, windows: int) -> list[float]:
-    """Read ahead as streams do, a task a rank, in order; return the seconds between blocks."""
-    found: list[float] = []
-
-    def run(rank: int) -> None:
-        with ThreadPoolExecutor(2) as tasks:
-            coming = [tasks.submit(reader.read, window, 0, rank) for window in range(windows)]
-            begun = time.monotonic()
-            for block in coming:
-                assert block.result(60)["valid"].all()
-                found.append(time.monotonic() - begun)
-                begun = time.monotonic()
-
-    with ThreadPoolExecutor(2) as ranks:
-        for done in [ranks.submit(run, rank) for rank in range(2)]:
-            done.result()
-    return found
-
-
-@pytest.mark.slow
-def test_ordered_delivery_does_not_stall_on_one_slow_read(
-    proxy: Proxy, tmp_path: Path, s3: S3Options
-) -> None:
-    """One GET in a hundred takes 5 s; the settings of hedging are those that are shipped."""
-    store = open_store(f"s3://bucket/{tmp_path.name}", s3)
-    for number in range(4):
-        tar = write_tar(tmp_path / f"{number}.tar", pairs(1280)[640 * number : 640 * (number + 1)])
-        store.write(tar.name, tar.read_bytes())
-    stalls = {}
-    for share in (0.05, 0.0):
-        data = DataConfig(
-            sources=(SourceConfig(path=store.uri),),
-            s3=S3Options(endpoint=proxy.endpoint, hedge=share),
-            holdout=0,
-        )
-        manifest = build_manifest(data)
-        plan = Plan(
-            manifest.train_counts,
-            manifest.source.astype(np.int64),
-            weights=None,
-            seed=3,
-            global_batch=16,
-            slot=16,
-            window=2,
-        )
-        layout = Layout.fit(plan, 2, 3 * SIDE * SIDE)
-        reader = BlockReader(plan, layout, manifest, data, TOKENIZER, SIDE)
-        proxy.begin(Faults(slow=0.01, slow_s=5, only="GET"), seed=13)
-        waits = waits_of_two_ranks(reader, 120)
-        slow = Counter(f"{r.path} {r.range}" for r in proxy.log if r.fault == "slow")
-        stalls[share] = [wait for wait in waits if wait > 4]
-        print(
-            f"hedge {share}: {len(proxy.log)} GETs, {slow.total()} slow, longest wait "
-            f"{max(waits):.2f} s, {len(stalls[share])} stalls"
-        )
-        assert slow.total() >= 4
-        # What is sent twice may be slow twice: that cannot be overtaken.
-        twice = sum(count - 1 for count in slow.values())
-        assert share == 0 or len(stalls[share]) <= twice
-        assert len(proxy.log) <= 240 * (1 + share) + 2
-    assert len(stalls[0.0]) >= 2  # slow reads of both tasks may fall together
