@@ -218,6 +218,7 @@ def wait_for_share(
     config: ClusterConfig,
     wants_gpu: bool,
     timeout_s: float,
+    given_back_s: float = 0.0,
     say: Callable[[str], None] = lambda text: None,
     check: Callable[[], None] = lambda: None,
 ) -> Share:
@@ -227,29 +228,47 @@ def wait_for_share(
         config: what is asked for.
         wants_gpu: each worker takes a GPU.
         timeout_s: seconds to wait for the least number of workers.
+        given_back_s: seconds to wait for all that the nodes have room for.
         say: told what is waited for.
         check: called each second; what it raises ends the waiting.
 
     Raises:
         ClusterError: there is no room for the least number of workers within `timeout_s`.
     """
-    deadline = time.monotonic() + timeout_s
-    found, problem = _share_with_room(config, wants_gpu)
-    if found is not None:
-        return found
-    most, cpus = config.worker_counts[-1], config.cpus_per_worker or 1
-    request_resources(bundles=worker_bundles(most, cpus, wants_gpu))
-    say(f"waiting up to {timeout_s:g} s for room: {problem}")
+    begun, told = time.monotonic(), False
     try:
-        while time.monotonic() < deadline:
+        while True:
+            found, problem = _share_with_room(config, wants_gpu)
+            waited = time.monotonic() - begun
+            if found is not None:
+                whole = whole_share(config, wants_gpu)
+                if waited >= given_back_s or whole is None or _as_large(found, whole):
+                    return found
+            elif waited >= timeout_s:
+                raise ClusterError(f"{problem} (after {timeout_s:g} s)")
+            elif not told:
+                most, cpus = config.worker_counts[-1], config.cpus_per_worker or 1
+                request_resources(bundles=worker_bundles(most, cpus, wants_gpu))
+                say(f"waiting up to {timeout_s:g} s for room: {problem}")
+                told = True
             check()
             time.sleep(1)
-            found, problem = _share_with_room(config, wants_gpu)
-            if found is not None:
-                return found
     finally:
-        request_resources(bundles=[])
-    raise ClusterError(f"{problem} (after {timeout_s:g} s)")
+        if told:
+            request_resources(bundles=[])
+
+
+def whole_share(config: ClusterConfig, wants_gpu: bool) -> Share | None:
+    """Return the share that the nodes would allow, were all of them free."""
+    nodes = usable_nodes()
+    total = {
+        name: sum(node["Resources"].get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")
+    }
+    return share_of(total, nodes, config, wants_gpu)[0]
+
+
+def _as_large(found: Share, whole: Share) -> bool:
+    return (found.num_workers, found.data_cpus) >= (whole.num_workers, whole.data_cpus)
 
 
 def _share_with_room(config: ClusterConfig, wants_gpu: bool) -> tuple[Share | None, str]:

@@ -48,6 +48,7 @@ from clip_ray.train.state import Progress
 
 POLL_S = 0.5
 PAUSE_S = 10.0  # before a storage that did not answer is asked again; doubled each time
+GIVEN_BACK_S = 10.0  # what a group and its reading tasks held is free again by then
 END_S = 30.0  # for Ray Train to say that a controller that was killed is dead
 STOP_TIMEOUT_S = 900.0  # a commit in the making and the last step
 
@@ -169,9 +170,15 @@ def _next_share(run: Run, share: Share, watch: Watch, stop: Signals) -> Share:
     if is_local(cluster):
         return share
     gpu = bool(share.worker_gpus)
-    wait_s = cluster.rejoin_timeout_s
     try:
-        found = wait_for_share(cluster, gpu, wait_s, watch.note, lambda: _check(run, watch, stop))
+        found = wait_for_share(
+            cluster,
+            gpu,
+            cluster.rejoin_timeout_s,
+            GIVEN_BACK_S,
+            watch.note,
+            lambda: _check(run, watch, stop),
+        )
     except ClusterError as error:
         raise ClusterError(
             f"the workers that were lost were not replaced: {error}. Bring the nodes back and "

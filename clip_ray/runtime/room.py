@@ -15,8 +15,7 @@ from clip_ray.runtime.cluster import (
     is_local,
     job_actors,
     leaving_nodes,
-    share_of,
-    usable_nodes,
+    whole_share,
     worker_bundles,
 )
 
@@ -98,7 +97,8 @@ class Room:
                 self.close()
                 self._not_before = now + AGAIN_S
             return ""
-        most = self._most()
+        whole = whole_share(self._config, bool(self._share.worker_gpus))
+        most = whole.num_workers if whole else 0
         if most <= self._share.num_workers or now < self._not_before:
             self._larger_since = None
             return ""
@@ -110,15 +110,6 @@ class Room:
             cpus, gpu = self._share.worker_cpus, bool(self._share.worker_gpus)
             self._try = placement_group(worker_bundles(self._more, cpus, gpu)), now
         return ""
-
-    def _most(self) -> int:
-        """Return the number of workers that the cluster has room for, were it all ours."""
-        nodes = usable_nodes()
-        total = {
-            name: sum(node["Resources"].get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")
-        }
-        found, _ = share_of(total, nodes, self._config, bool(self._share.worker_gpus))
-        return found.num_workers if found else 0
 
 
 def _hosts(nodes: Set[str]) -> str:

@@ -234,9 +234,8 @@ class Watch:
 def _shards(run: Run, layout: Layout, block: int) -> list[str]:
     """Return the shards that the rows of a block are read from."""
     window, chunk, rank = layout.block_at(block)
-    height = layout.rows_per_block
-    first = rank * layout.rows + chunk * height
-    last = min(first + height, (rank + 1) * layout.rows, run.plan.global_batch)
+    span = layout.span(rank, chunk)
+    rows = slice(span.start, span.stop)
     steps = range(window * layout.window, (window + 1) * layout.window)
-    found = {int(s) for step in steps for s in run.plan.step_rows(step).shard[first:last]}
+    found = {int(s) for step in steps for s in run.plan.step_rows(step).shard[rows]}
     return sorted(run.manifest.shard(shard).path for shard in found)

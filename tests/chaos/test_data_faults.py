@@ -15,11 +15,12 @@ from clip_ray.data.bundled import unbundle
 from clip_ray.storage import LocalStore
 from clip_ray.train.journal import lineage, read_journal
 from tests.chaos.bare import bare_rows
-from tests.chaos.support import assert_whole, inject, numbers, paced
+from tests.chaos.support import assert_whole, inject, injected, numbers
 from tests.runtime.support import RECIPE
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 STEPS, NAN_STEP = 120, 40
+HELD_WINDOW = 4  # the first that is read after the data went bad
 
 
 def spoil_image(shard: Path, number: int) -> str:
@@ -46,11 +47,14 @@ def test_a_spoilt_image_a_cut_shard_and_a_step_that_is_not_finite(jobs, tmp_path
     whole, times = first.read_bytes(), [path.stat().st_mtime_ns for path in (first, second)]
     inject(jobs.head, "bad", "nan", NAN_STEP)
     flags = ("--data.sources", str(first.parent), "--data.max_bad_fraction", "1")
-    with paced(jobs.head, "bad", 100):
+    inject(jobs.head, "data", "hold", HELD_WINDOW)
+    try:
         job = jobs.start("bad", *flags, "--data.copies", "true", "--train.steps", str(STEPS))
         jobs.wait_for_step("bad", 10)
         spoilt = spoil_image(first, 100)
         os.truncate(second, second.stat().st_size // 3)
+    finally:
+        injected(jobs.head, "data", "hold").unlink()
     jobs.finish(job)
 
     run = LocalStore(jobs.run_dir("bad"))

@@ -84,6 +84,32 @@ def test_room_is_looked_for_once_more_not_once_a_worker(monkeypatch, nodes, gpu,
     assert bool(problem) == (workers is None)
 
 
+@pytest.mark.parametrize(
+    ("free", "given_back_s", "workers", "data_cpus"),
+    [
+        # Two of six CPUs come back after 3 s: another worker, or more reading.
+        (lambda now: 4 if now < 3 else 6, 10.0, 3, 3),
+        (lambda now: 4 if now < 3 else 6, 0.0, 3, 1),
+        (lambda now: 2 if now < 3 else 6, 10.0, 3, 3),
+        (lambda now: 2 if now < 3 else 6, 0.0, 1, 1),
+        (lambda now: 2, 10.0, 1, 1),  # another job has the others, and keeps them
+    ],
+)
+def test_the_next_group_waits_for_what_the_last_one_gives_back(
+    monkeypatch, free, given_back_s, workers, data_cpus
+):
+    now = [0.0]
+    monkeypatch.setattr(cluster.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(cluster.time, "sleep", lambda s: now.__setitem__(0, now[0] + s))
+    monkeypatch.setattr(cluster, "usable_nodes", lambda: [{"Resources": {"CPU": 6.0}}])
+    monkeypatch.setattr(cluster, "free_resources", lambda: {"CPU": float(free(now[0]))})
+    monkeypatch.setattr(cluster, "_has_room", lambda share: True)
+    config = ClusterConfig(num_workers=(1, 3), cpus_per_worker=1)
+    found = cluster.wait_for_share(config, False, 60, given_back_s)
+    assert (found.num_workers, found.data_cpus) == (workers, data_cpus)
+    assert now[0] <= given_back_s
+
+
 def test_with_a_label_the_run_waits_for_nodes_that_have_it():
     def node(name: str, gpus: float, **labels: str) -> dict[str, object]:
         resources = {"CPU": 32.0} | ({"GPU": gpus} if gpus else {})

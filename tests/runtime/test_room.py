@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from clip_ray.config import ClusterConfig
+from clip_ray.runtime import cluster as sharing
 from clip_ray.runtime import room
 from clip_ray.runtime.cluster import Share
 from clip_ray.runtime.room import AGAIN_S, LOOK_S, SETTLE_S, TRY_S, Room
@@ -28,7 +29,7 @@ class Cluster:
         context = SimpleNamespace(get_node_id=lambda: "driver")
         monkeypatch.setattr(room.ray, "get_runtime_context", lambda: context)
         monkeypatch.setattr(room.ray, "nodes", self.all)
-        monkeypatch.setattr(room, "usable_nodes", self.usable)
+        monkeypatch.setattr(sharing, "usable_nodes", self.usable)
         monkeypatch.setattr(room, "placement_group", self.place)
         monkeypatch.setattr(room, "remove_placement_group", self.remove)
 

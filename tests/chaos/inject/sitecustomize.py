@@ -12,6 +12,8 @@ of the tests' Ray do. What befalls a run lies in the folder `CHAOS_FAULTS`, one 
 * `pause-before-check`: there it waits, until the file `<run>.go` is there; `<run>.paused` then
   holds its process number. Whether the attempt is still the newest is yet to be looked at.
 * `pause-before-commit`: the same, after that look: nothing but the creation of COMMIT is left.
+* `hold`: no block from that window on is read as long as the file is there. Of the run `data`:
+  reading tasks do not know for which run they read.
 
 Crashes and pauses happen once.
 """
@@ -25,21 +27,23 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-MODULE = "clip_ray.runtime.worker"
 PAUSE_S = 600.0
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Installs the faults when the worker's module has been imported."""
+    """Installs faults when a module has been imported."""
+
+    def __init__(self, module: str, install: Callable[[Any], None]) -> None:
+        self._module, self._install = module, install
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        if name != MODULE:
+        if name != self._module:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -49,7 +53,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            _install(module)
+            self._install(module)
 
         loader.exec_module = exec_module
         return spec
@@ -77,7 +81,7 @@ def _folder() -> Path:
     return Path(os.environ["CHAOS_FAULTS"])
 
 
-def _install(worker: Any) -> None:
+def _install_in_worker(worker: Any) -> None:
     train, write = worker.train, worker.Checkpoints.write
     from clip_ray.storage import LocalStore
 
@@ -120,6 +124,16 @@ def _install(worker: Any) -> None:
     LocalStore.create = faulty_create
 
 
+def _install_in_reader(blocks: Any) -> None:
+    fetch = blocks.BlockReader.fetch
+
+    def held_fetch(self: Any, window: int, chunk: int, rank: int) -> Any:
+        _wait(lambda: window < (_number("data", "hold") or window + 1))
+        return fetch(self, window, chunk, rank)
+
+    blocks.BlockReader.fetch = held_fetch
+
+
 def _paced(batches: Iterator[Any], run: str) -> Iterator[Any]:
     for batch in batches:
         time.sleep((_number(run, "pace") or 0) / 1000)
@@ -150,10 +164,15 @@ def _die() -> None:
 
 def _pause(run: str) -> None:
     (_folder() / f"{run}.paused").write_text(str(os.getpid()))
+    _wait((_folder() / f"{run}.go").exists)
+
+
+def _wait(until: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PAUSE_S
-    while not (_folder() / f"{run}.go").exists() and time.monotonic() < deadline:
+    while not until() and time.monotonic() < deadline:
         time.sleep(0.1)
 
 
 if "CHAOS_FAULTS" in os.environ:
-    sys.meta_path.insert(0, _AfterImport())
+    sys.meta_path.insert(0, _AfterImport("clip_ray.runtime.worker", _install_in_worker))
+    sys.meta_path.insert(0, _AfterImport("clip_ray.data.blocks", _install_in_reader))
