@@ -29,11 +29,21 @@ from clip_ray.data.shards import BadSample, Sample, read_ordinals
 from clip_ray.images import ImageError, decode, train_crop
 from clip_ray.tokenizer import Tokenizer
 
-BLOCK_BYTES = 24 << 20  # facts: 16-32 MB blocks keep Ray's cost per block below 1 %
+BLOCK_BYTES = 40 << 20  # Ray takes some 25 ms of CPU time for each (tests/benchmarks/data)
 MOST_BYTES = 64 << 20  # of a block that is larger because it holds a whole slot
-ROW_EXTRA = 32  # bytes of a row's shard, place, block number and node
 FETCHES = 8  # shards that a block is read from at a time, on S3
 Block = dict[str, NDArray[Any]]
+
+
+def store_bytes(data_cpus: float, workers: float, streamed: float) -> float:
+    """Return the object store that the blocks under way on a node need.
+
+    Args:
+        data_cpus: reading tasks at a time.
+        workers: consumers.
+        streamed: share of the store that blocks may fill.
+    """
+    return (8 + 3 * (data_cpus + workers)) * BLOCK_BYTES / streamed
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ class Layout:
 
     @classmethod
     def fit(cls, plan: Plan, world_size: int, row_bytes: int) -> Layout:
-        """Return the layout whose blocks stay near 24 MB."""
+        """Return the layout whose blocks stay near 40 MB."""
         rows = -(-plan.global_batch // world_size)
         share = plan.slot // plan.window
         height = max(BLOCK_BYTES // (plan.window * row_bytes), 1)
@@ -84,9 +94,9 @@ class Layout:
 
     @property
     def block_bytes(self) -> int:
-        """Size of a block, but for what it tells of bad samples and duplicates."""
+        """Size of a block's pixels and ids, to which a few bytes a row come."""
         assert self.row_bytes, "a layout for streams"
-        return self.window * self.rows_per_block * (self.row_bytes + ROW_EXTRA)
+        return self.window * self.rows_per_block * self.row_bytes
 
     def span(self, rank: int, chunk: int) -> range:
         """Return the rows of a step, counted from the step's first, that a block holds."""
@@ -184,9 +194,16 @@ class BlockReader:
     image_size: int
     image_ids: bool = False
 
-    def read(self, window: int, chunk: int, rank: int) -> Block:
-        """Return the arrays of one block, K·rows_per_block rows, ordered by step."""
-        return self.decode(self.fetch(window, chunk, rank))
+    def read(self, window: int, chunk: int, rank: int, arrays: Arrays | None = None) -> Block:
+        """Return the arrays of one block, K·rows_per_block rows, ordered by step.
+
+        Args:
+            window: as `Layout.block_at` returns it.
+            chunk: likewise.
+            rank: likewise.
+            arrays: what the pixels are written to; none = fresh memory.
+        """
+        return self.decode(self.fetch(window, chunk, rank), arrays)
 
     def fetch(self, window: int, chunk: int, rank: int) -> Fetched:
         """Read what a block is made of; waits for the store, and takes little of the CPU.
@@ -239,9 +256,14 @@ class BlockReader:
     def _remote(self) -> bool:
         return any(source.path.startswith("s3://") for source in self.config.sources)
 
-    def decode(self, fetched: Fetched) -> Block:
-        """Return the arrays of a block; what cannot be decoded makes void rows."""
-        block = self._empty(fetched)
+    def decode(self, fetched: Fetched, arrays: Arrays | None = None) -> Block:
+        """Return the arrays of a block; what cannot be decoded makes void rows.
+
+        Args:
+            fetched: the block's files.
+            arrays: what the pixels are written to; none = fresh memory.
+        """
+        block = self._empty(fetched, arrays or Arrays())
         captions: list[str] = []
         captioned: list[int] = []
         # One for all rows, set to what a new one begins with: to make one asks for entropy.
@@ -274,12 +296,14 @@ class BlockReader:
                 captioned.append(at)
         if captions:
             block["ids"][captioned], block["truncated"][captioned] = self.tokenizer(captions)
+        block["pixels"][~block["valid"]] = 0
         return block
 
-    def _empty(self, fetched: Fetched) -> Block:
+    def _empty(self, fetched: Fetched, arrays: Arrays) -> Block:
         rows, side, length = len(fetched.shard), self.image_size, self.tokenizer.context_length
         block: Block = {
-            "pixels": np.zeros((rows, side, side, 3), np.uint8),  # as the decoder leaves them
+            # As the decoder leaves them.
+            "pixels": arrays.take("pixels", (rows, side, side, 3), np.uint8),
             "ids": np.zeros((rows, length), np.int32),
             "valid": np.zeros(rows, bool),
             "truncated": np.zeros(rows, bool),
@@ -377,9 +401,9 @@ def read_batches(
     The same batches as the Ray pipeline delivers; for a bare process, tests and benchmarks.
     """
     window_length = reader.layout.window
-    arrays = Arrays()
+    blocks_of, arrays = Arrays(), Arrays()
     for window in range(first_step // window_length, -(-last_step // window_length)):
-        blocks = (reader.read(window, c, rank) for c in range(reader.layout.chunks))
+        blocks = (reader.read(window, c, rank, blocks_of) for c in range(reader.layout.chunks))
         for k, batch in enumerate(assemble(blocks, reader.layout, rank, arrays)):
             if first_step <= window * window_length + k < last_step:
                 yield batch

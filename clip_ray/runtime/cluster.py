@@ -168,11 +168,10 @@ def object_store_bytes(share: Share, streamed: float) -> int:
         share: what the run may use.
         streamed: share of the store for blocks.
     """
-    from clip_ray.data.blocks import BLOCK_BYTES
+    from clip_ray.data.blocks import store_bytes
 
-    blocks = 16 + 4 * (share.data_cpus + share.num_workers)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(min(blocks * BLOCK_BYTES / streamed, 0.3 * memory))
+    return int(min(store_bytes(share.data_cpus, share.num_workers, streamed), 0.3 * memory))
 
 
 def _start_local(share: Share, streamed: float, token_dir: Path) -> None:

@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
+import pyarrow as pa
 import ray
 import torch
 from ray.data import DataContext, ExecutionResources
@@ -41,6 +41,7 @@ from clip_ray.data.blocks import (
 from clip_ray.data.pipe import Pipe
 from clip_ray.errors import TrainingError
 from clip_ray.runtime.cluster import Share, usable_nodes
+from clip_ray.runtime.tables import from_table, to_table
 
 SEGMENT_BLOCKS = 16_384  # blocks of one streaming execution
 # Ray looks for finished tasks up to ten times a second, and gives a CPU no new one before: a task
@@ -95,19 +96,18 @@ def segments(
 
 
 @functools.lru_cache(maxsize=2)
-def _reader(reference: ray.ObjectRef) -> BlockReader:
+def _reader(reference: ray.ObjectRef) -> tuple[BlockReader, Arrays]:
     """Fetch the reader once per process: it holds a tokenizer, which is slow to unpickle."""
     torch.set_num_threads(1)
-    reader: BlockReader = ray.get(reference)
-    return reader
+    return ray.get(reference), Arrays()
 
 
-def read_blocks(reference: ray.ObjectRef, numbers: Sequence[int]) -> Iterator[Block]:
-    """Yield blocks with their number and this node in each row; called in reading tasks.
+def read_blocks(reference: ray.ObjectRef, numbers: Sequence[int]) -> Iterator[pa.Table]:
+    """Yield blocks as tables; called in reading tasks.
 
     While a block is decoded, the files of the next one are fetched.
     """
-    reader, node = _reader(reference), _short(ray.get_runtime_context().get_node_id())
+    (reader, arrays), node = _reader(reference), _short(ray.get_runtime_context().get_node_id())
     with ThreadPoolExecutor(1) as ahead:
         places = (reader.layout.block_at(number) for number in numbers)
         fetching = ahead.submit(reader.fetch, *next(places))
@@ -116,10 +116,7 @@ def read_blocks(reference: ray.ObjectRef, numbers: Sequence[int]) -> Iterator[Bl
             following = next(places, None)
             if following is not None:
                 fetching = ahead.submit(reader.fetch, *following)
-            block = reader.decode(fetched)
-            block["number"] = np.full(len(block["valid"]), number, np.int64)
-            block["made_on"] = np.full(len(block["valid"]), node, np.int64)
-            yield block
+            yield to_table(reader.decode(fetched, arrays), number, node)
 
 
 def _short(node: str) -> int:
@@ -213,7 +210,7 @@ def stream_context(share: Share, block_bytes: int) -> DataContext:
     context.issue_detectors_config.detectors = []
     context.memory_usage_poll_interval_s = None  # or each task starts a thread to measure itself
     # A block must travel as it is: split or joined, it would be dealt to the wrong rank. Ray ends a
-    # block that has this size, and splits one of half as much again; ours are a little larger.
+    # block that is larger than this, as ours are by a little, and splits one of half as much again.
     context.target_max_block_size = block_bytes
     return context
 
@@ -339,17 +336,23 @@ class BatchStream:
                 return
         expected = iter(deal.numbers(self._rank))
         self._awaited[number] = deal.numbers(self._rank).start
-        for block in iterator.iter_batches(batch_size=cast(int, None), batch_format="numpy"):
+        home = _short(self._home)
+        for table in iterator.iter_batches(batch_size=cast(int, None), batch_format="pyarrow"):
             wanted = next(expected, None)
-            if wanted is None or not (block["number"] == wanted).all():
+            try:
+                block, found, node = from_table(table)
+            except ValueError as error:
                 raise TrainingError(
-                    f"rank {self._rank}: expected block {wanted}, Ray Data delivered "
-                    f"{np.unique(block['number'])}"
+                    f"rank {self._rank}: expected block {wanted}, Ray Data delivered {error}"
+                ) from error
+            if found != wanted:
+                raise TrainingError(
+                    f"rank {self._rank}: expected block {wanted}, Ray Data delivered {found}"
                 )
             self._awaited[number] = wanted + self._layout.world_size
-            if block["made_on"][0] != _short(self._home):
+            if node != home:
                 self.foreign_bytes += block["pixels"].nbytes
-            yield {name: block[name] for name in block.keys() - {"number", "made_on"}}
+            yield block
         del self._awaited[number]
         wanted = next(expected, None)
         if wanted is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from clip_ray.config import Config
 from clip_ray.contrastive.tiles import KEEP_BYTES
-from clip_ray.data.blocks import BLOCK_BYTES
+from clip_ray.data.blocks import store_bytes
 from clip_ray.errors import ConfigError
 from clip_ray.sizing.calibration import executed_flops, rate
 from clip_ray.sizing.counts import Pair, count
@@ -298,14 +298,14 @@ def _node(
     config: Config, cluster: Cluster, batch: Batch, data_cpus: float, checkpoint: float
 ) -> Node:
     workers, memory = cluster.workers_of_node, cluster.machine.memory
-    # As the object store of a local Ray is sized: blocks of each task and worker, and some more.
-    blocks = 16 + 4 * (data_cpus / cluster.nodes + workers)
     there = min(RAY_STORE_SHARE * memory, RAY_STORE_LIMIT)
     window = config.data.window or WINDOW
     # A window is assembled while the half of another waits. The snapshot lies on rank 0's node.
     worker = WORKER_BYTES + 1.5 * window * batch.rows * row_bytes(config)
     return Node(
-        object_store=blocks * BLOCK_BYTES / config.cluster.object_store_share,
+        object_store=store_bytes(
+            data_cpus / cluster.nodes, workers, config.cluster.object_store_share
+        ),
         object_store_there=there,
         needed=workers * worker + there + checkpoint,
         available=memory,

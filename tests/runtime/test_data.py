@@ -9,6 +9,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from clip_ray.config import ClusterConfig
@@ -16,6 +17,7 @@ from clip_ray.data.blocks import Layout
 from clip_ray.errors import ClusterError
 from clip_ray.runtime.cluster import Share, deal_streams, spare_cpus
 from clip_ray.runtime.data import BatchStream, Deal, ranks_beside, segments
+from clip_ray.runtime.tables import to_table
 from tests.runtime.support import wait_for
 
 
@@ -104,14 +106,14 @@ class Stalls(BatchStream):
     let_go: threading.Event
 
     def _iterator(self, number: int, deal: Deal) -> Any:
-        def blocks(**options: Any) -> Iterator[dict[str, Any]]:
+        def blocks(**options: Any) -> Iterator[pa.Table]:
             for count, which in enumerate(deal.numbers(self._rank)):
                 assert count == 0 or self.let_go.wait(10), "never let go"
-                names = ("valid", "truncated", "shard", "place", "number", "made_on")
+                names = ("valid", "truncated", "shard", "place")
                 block: dict[str, Any] = {name: np.zeros(4, np.int64) for name in names}
                 block |= {"pixels": np.zeros((4, 1, 1, 3), np.uint8)}
                 block |= {"ids": np.zeros((4, 1), np.int32), "bad": np.full(4, "", dtype=object)}
-                yield block | {"number": np.full(4, which)}
+                yield to_table(block, which, 0)
 
         return SimpleNamespace(iter_batches=blocks)
 

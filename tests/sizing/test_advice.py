@@ -114,7 +114,7 @@ def test_the_number_of_decode_nodes_is_enough() -> None:
 
 def test_an_object_store_that_is_too_small() -> None:
     line = only(warned(memory=100 * GB), "object store")
-    assert "39.5 GB" in line and "30.0 GB" in line and "--object-store-memory" in line
+    assert "49.0 GB" in line and "30.0 GB" in line and "--object-store-memory" in line
     assert not [w for w in warned(memory=500 * GB) if "object store:" in w]
     few = {"cluster": {"data_cpus": 64}}
     assert not [w for w in warned(sections=few, memory=100 * GB) if "object store:" in w]

@@ -348,7 +348,7 @@ def test_gradients_that_the_backward_pass_does_not_hide_are_waited_for() -> None
 def test_a_node_by_hand() -> None:
     made = planned("64xA100-40")
     cpus = (8 * 96 - 64) / 8
-    assert made.node.object_store == (16 + 4 * (cpus + 8)) * (24 << 20) / 0.5
+    assert made.node.object_store == (8 + 3 * (cpus + 8)) * (40 << 20) / 0.5
     assert made.node.object_store_there == 200 * GB < 0.3 * 1237 * GB
     windows = 8 * (4e9 + 1.5 * 8 * 512 * row_bytes(config_of()))
     assert made.node.needed == pytest.approx(windows + 200e9 + made.commits.size)
