@@ -41,7 +41,7 @@ from clip_ray.data.blocks import (
 from clip_ray.data.pipe import Pipe
 from clip_ray.errors import TrainingError
 from clip_ray.runtime.cluster import Share, usable_nodes
-from clip_ray.runtime.tables import from_table, to_table
+from clip_ray.runtime.tables import REST_BYTES, from_table, to_table
 
 SEGMENT_BLOCKS = 16_384  # blocks of one streaming execution
 # Ray looks for finished tasks up to ten times a second, and gives a CPU no new one before: a task
@@ -211,7 +211,7 @@ def stream_context(share: Share, block_bytes: int) -> DataContext:
     context.memory_usage_poll_interval_s = None  # or each task starts a thread to measure itself
     # A block must travel as it is: split or joined, it would be dealt to the wrong rank. Ray ends a
     # block that is larger than this, as ours are by a little, and splits one of half as much again.
-    context.target_max_block_size = block_bytes
+    context.target_max_block_size = block_bytes + REST_BYTES
     return context
 
 

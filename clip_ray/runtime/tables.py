@@ -14,6 +14,8 @@ import pyarrow as pa
 
 from clip_ray.data.blocks import Block
 
+REST_BYTES = 500  # of the smallest table, beside its pixels and ids
+
 
 def to_table(block: Block, number: int, node: int) -> pa.Table:
     """Return a block as a table of as many rows.

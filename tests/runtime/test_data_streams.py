@@ -40,7 +40,7 @@ class FakeReader:
     def fetch(self, *which: int) -> tuple[int, ...]:
         return which
 
-    def decode(self, which: tuple[int, ...]) -> Block:
+    def decode(self, which: tuple[int, ...], arrays: Any) -> Block:
         window, chunk, rank = which
         time.sleep(self.seconds)
         layout, height = self.layout, self.layout.rows_per_block
@@ -257,7 +257,7 @@ def test_the_next_segment_begins_without_a_stall(cluster, recorder, tmp_path):
         now = time.monotonic()
         gaps.append(now - begun)
         begun = now
-        time.sleep(0.06)
+        time.sleep(0.15)  # half a segment takes longer than an execution needs to open
     batches.close()
     opening, *others = gaps
     print(f"first batch {opening:.2f} s, longest wait later {max(others):.2f} s")

@@ -10,7 +10,7 @@ import pytest
 import ray.cloudpickle
 from ray._private.arrow_serialization import _register_arrow_data_serializer
 
-from clip_ray.runtime.tables import from_table, to_table
+from clip_ray.runtime.tables import REST_BYTES, from_table, to_table
 
 ROWS, SIDE = 6, 5
 
@@ -57,10 +57,20 @@ def _register_arrow_data_serializer_here() -> None:
     _register_arrow_data_serializer(Context())
 
 
-def test_a_table_is_larger_than_what_ray_is_told_to_end_blocks_at(block):
+@pytest.mark.parametrize(("rows", "side", "length"), [(1, 1, 1), (8, 8, 1), (256, 32, 77)])
+def test_a_table_is_larger_than_what_ray_is_told_to_end_blocks_at(rows, side, length):
     """A little, and not by half: Ray would join it with the next, or split it."""
-    told = ROWS * (3 * SIDE**2 + 4 * 7)
+    block: dict[str, np.ndarray] = {
+        "pixels": np.zeros((rows, side, side, 3), np.uint8),
+        "ids": np.zeros((rows, length), np.int32),
+        "bad": np.full(rows, "", dtype=object),
+        **{name: np.zeros(rows, bool) for name in ("valid", "truncated")},
+        **{name: np.zeros(rows, np.int64) for name in ("shard", "place")},
+    }
+    told = rows * (3 * side**2 + 4 * length) + REST_BYTES
     assert told < to_table(block, 0, 0).nbytes
+    block |= {"image_id": np.zeros(rows, np.int64)}
+    assert to_table(block, 1 << 40, 1 << 59).nbytes < 1.5 * told
 
 
 def test_blocks_that_were_joined_or_split_are_refused(block):
