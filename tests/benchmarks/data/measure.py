@@ -197,7 +197,7 @@ def main(shards: str) -> None:
         with connected(config, False, Path(folder)) as share:
             pipeline = Pipeline(Path(folder), share)
             steps = 6 * WINDOW
-            pipeline.run(build_reader(shards), steps, range(1, steps - 1), memory=True)
+            pipeline.run(build_reader(shards), steps, range(1, steps - WINDOW), memory=True)
             print(pipeline.private_bytes)
 
 
