@@ -39,7 +39,10 @@ PHASE_SECONDS = Series(
 )
 BAD_SAMPLES = Series("Counter", "clip_train_bad_samples", "samples that were void and quarantined")
 COMMITS = Series("Counter", "clip_train_commits", "commits written")
-RECOVERIES = Series("Counter", "clip_train_recoveries", "groups of workers that failed, roll-backs")
+RECOVERY_EVENTS = ("attempt_failed", "preempted", "controller_hang", "rollback")
+RECOVERIES = Series(
+    "Counter", "clip_train_recoveries", "groups of workers that failed or had to go, roll-backs"
+)
 STEP = Series("Gauge", "clip_train_step", "last step")
 LOSS = Series("Gauge", "clip_train_loss", "its loss; stands still where it is not finite")
 LOGIT_SCALE = Series("Gauge", "clip_train_logit_scale", "its factor on cosine similarities")
@@ -139,7 +142,7 @@ class TrainingMetrics:
             elif row["event"] == "commit":
                 self._add(COMMITS, 1)
                 self._set(COMMIT_TIME, self._clock())
-            elif row["event"] in ("attempt_failed", "rollback"):
+            elif row["event"] in RECOVERY_EVENTS:
                 self._add(RECOVERIES, 1)
             elif row["event"] == "attempt":
                 self._begin()

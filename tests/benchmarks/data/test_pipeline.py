@@ -29,7 +29,7 @@ from tests.benchmarks.data.cases import GLOBAL_BATCH, WINDOW, build_reader, writ
 from tests.benchmarks.data.measure import Pipeline, bare, usual
 
 pytestmark = pytest.mark.bench
-ROUNDS = 4
+ROUNDS = 6
 PROCESSES = 2  # of the bare reader at a time
 AROUND = 3 * WINDOW  # steps before and after those that count
 ROOT = Path(__file__).resolve().parents[3]
