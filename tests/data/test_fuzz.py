@@ -23,7 +23,7 @@ from PIL import Image
 
 from clip_ray.config import DataConfig, SourceConfig
 from clip_ray.data import shards
-from clip_ray.data.blocks import BlockReader, Layout
+from clip_ray.data.blocks import Arrays, BlockReader, Layout
 from clip_ray.data.manifest import build_manifest
 from clip_ray.data.plan import Plan
 from clip_ray.data.samples import JSON_KEYS, Caption, caption_in_json, caption_of
@@ -215,19 +215,22 @@ def test_what_rots_after_it_was_indexed_is_void_and_counted(
     reader = BlockReader(plan, layout, manifest, data, tokenizer, 8)
     sound = reader.read(0, 0, 0)
     assert sound["valid"].all()
-    void = 0
+    void, arrays, memory = 0, Arrays(), set()
     for case in range(200):
         bad = change(whole, np.random.default_rng(case))[: len(whole)].ljust(len(whole), b"\0")
         path.write_bytes(bad)
         os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
         with bounded((kind, change, case)):
-            block = reader.read(0, 0, 0)
+            block = reader.read(0, 0, 0, arrays)
+        memory.add(block["pixels"].ctypes.data)
+        assert not block["pixels"][~block["valid"]].any()  # nor what was there before
         named = [json.loads(line) for line in block["bad"] if line]
         assert int(block["valid"].sum()) + len(named) == SAMPLES, case
         assert all(row["reason"] for row in named)
         assert (block["place"] == sound["place"]).all()
         void += len(named)
     assert void > 100
+    assert len(memory) <= 2
 
 
 @pytest.mark.parametrize("size", [b"-0000001000\0", b"-1\0".rjust(12, b" ")])
