@@ -48,7 +48,7 @@ from clip_ray.train.state import Progress
 
 POLL_S = 0.5
 PAUSE_S = 10.0  # before a storage that did not answer is asked again; doubled each time
-GIVEN_BACK_S = 10.0  # what a group and its reading tasks held is free again by then
+GIVEN_BACK_S = 5.0  # what a group and its reading tasks held is free again by then
 END_S = 30.0  # for Ray Train to say that a controller that was killed is dead
 STOP_TIMEOUT_S = 900.0  # a commit in the making and the last step
 
