@@ -63,7 +63,7 @@ cluster-down: install  ## end that one, and no other Ray
 package: install  ## the code as a zip for working_dir, for clusters without our image (DEST=...)
 	@$(BIN)/python cluster/package.py --dest "$(DEST)"
 
-test: install  ## unit and Ray integration tests (under 15 minutes on 2 cores)
+test: install  ## unit and Ray integration tests (meant for 15 minutes on 2 cores; 18 on busy ones)
 	@# Training jobs wait much for processes to start; the other tests run beside them.
 	@others=$$(mktemp); \
 	$(BIN)/python -m pytest -m "$(NOT_SELECTED)" $(addprefix --ignore=,$(JOBS)) >"$$others" 2>&1 & beside=$$!; \
