@@ -76,7 +76,7 @@ test: install  ## unit and Ray integration tests (meant for 15 minutes on 2 core
 test-slow: install  ## the tests that take minutes each
 	@$(BIN)/python -m pytest -m "slow"
 
-chaos: install  ## faults on real clusters of this machine: killed, stopped, drained, unreachable (under 30 minutes)
+chaos: install  ## faults on real clusters of this machine: killed, stopped, drained, unreachable (meant for 30 minutes)
 	@$(BIN)/python -m pytest -m "chaos" --durations=0 --durations-min=1
 
 test-gpu: install  ## the tests that need a CUDA device
