@@ -8,7 +8,10 @@ STORAGE ?= runs
 TORCH_INDEX ?=
 TORCH_PIN := $(shell grep '^torch==' constraints.txt)
 NOT_SELECTED := not slow and not chaos and not bench and not gpu
+# Groups of tests that run beside the others.
 JOBS := tests/runtime/test_pretrain.py tests/runtime/test_jobs.py tests/runtime/test_stop.py
+SERVERS := tests/serve tests/cluster
+NODES := $(addprefix tests/chaos/test_,attempts.py soak.py zombies.py)
 
 .PHONY: help install quickstart serve serve-down cluster-up cluster-down package test test-slow test-gpu chaos lint format ui bench clean
 
@@ -63,21 +66,16 @@ cluster-down: install  ## end that one, and no other Ray
 package: install  ## the code as a zip for working_dir, for clusters without our image (DEST=...)
 	@$(BIN)/python cluster/package.py --dest "$(DEST)"
 
-test: install  ## unit and Ray integration tests (meant for 15 minutes on 2 cores; 18 on busy ones)
-	@# Training jobs wait much for processes to start; the other tests run beside them.
-	@others=$$(mktemp); \
-	$(BIN)/python -m pytest -m "$(NOT_SELECTED)" $(addprefix --ignore=,$(JOBS)) >"$$others" 2>&1 & beside=$$!; \
-	trap 'kill $$beside 2>/dev/null' INT TERM; \
-	echo "the other tests run beside these, their output follows"; \
-	$(BIN)/python -m pytest -m "$(NOT_SELECTED)" $(JOBS); jobs=$$?; \
-	wait $$beside; rest=$$?; cat "$$others"; rm -f "$$others"; \
-	[ $$jobs -eq 0 ] && [ $$rest -eq 0 ]
+test: install  ## unit and Ray integration tests (meant for 15 minutes on 2 cores)
+	@sh .ci/side-by-side.sh "$(BIN)/python -m pytest -m '$(NOT_SELECTED)'" \
+	"$(JOBS)" "$(SERVERS)" "$(addprefix --ignore=,$(JOBS) $(SERVERS))"
 
 test-slow: install  ## the tests that take minutes each
 	@$(BIN)/python -m pytest -m "slow"
 
 chaos: install  ## faults on real clusters of this machine: killed, stopped, drained, unreachable (meant for 30 minutes)
-	@$(BIN)/python -m pytest -m "chaos" --durations=0 --durations-min=1
+	@sh .ci/side-by-side.sh "$(BIN)/python -m pytest -m chaos --durations=0 --durations-min=1" \
+	"$(NODES)" "$(addprefix --ignore=,$(NODES))"
 
 test-gpu: install  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m "gpu" -rs

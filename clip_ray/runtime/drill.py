@@ -105,6 +105,11 @@ class _Run:
     def rows(self, journal: str) -> list[Row]:
         return list(read_journal(self.store, journal))
 
+    def samples(self) -> list[str]:
+        """Return the digest of each step's samples, of the steps that led to the weights."""
+        line = lineage(self.rows("metrics"), Checkpoints(self.store).starts())
+        return [row["samples_digest"] for row in line]
+
     def worker(self, number: int) -> None:
         """Send rank 0's process a signal, wherever it is."""
         attempt = [row for row in self.rows("events") if row["event"] == "attempt"][-1]
@@ -319,16 +324,13 @@ def _carried_out(run: _Run, reference: _Run, drill: _Drill) -> Finding | None:
     steps = [row for row in run.rows("metrics") if row["time"] >= happened]
     again = next((row for row in steps if row["attempt"] > 1), None)
     lost = sum(row["recomputes"] for row in after if row["event"] == "attempt")
-    same = [
-        [row["samples_digest"] for row in lineage(one.rows("metrics"))] for one in (run, reference)
-    ]
     end, undisturbed = (one.rows("metrics")[-1]["loss"] for one in (run, reference))
     # Flags do their harm from the start.
     seen = any(
         row["event"] == drill.event for row in (run.rows("events") if drill.flags else after)
     )
     faults = [
-        "OTHER SAMPLES" if same[0] != same[1] else "",
+        "OTHER SAMPLES" if run.samples() != reference.samples() else "",
         "ANOTHER LOSS" if abs(end - undisturbed) > SAME * abs(undisturbed) else "",
         "" if proof.holds else proof.as_text(),
         "" if seen else f"no {drill.event} event",

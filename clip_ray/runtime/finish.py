@@ -141,7 +141,7 @@ def summarize(
         "loss": progress.loss,
         "samples_per_s": config.train.global_batch / median_step if line else 0.0,
         "seconds": ended - started,
-        "ettr": time_in_steps(rows, events),
+        "ettr": time_in_steps(line, events),
         "cluster_hours": hours,
         "cost": None if price is None else price * hours,
         "attempts": sum(e["event"] == "attempt" for e in events),

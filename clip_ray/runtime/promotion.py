@@ -194,7 +194,7 @@ def _promote_to(destination: Destination, request: Request, version: str, say: S
     settings = _settings(place)
     state = open_store(settings.state_uri, settings.s3)
     doing = f"promotion of {request.model}/{version}"
-    with _exclusive(destination, state, doing):
+    with _exclusive(destination, state, doing, say):
         uri = f"models:/{request.model}/{version}"
         say(f"storing {uri}, and verifying it in a process of its own")
         store = _model_store(request, place)
@@ -263,13 +263,13 @@ def _model_store(request: Request, place: Place) -> str:
 
 
 @contextlib.contextmanager
-def _exclusive(destination: Destination, state: Store, doing: str) -> Iterator[None]:
+def _exclusive(destination: Destination, state: Store, doing: str, say: Say) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if destination.live is not None:
             stack.enter_context(exclusive(doing))
         if destination.kind != "serve":
             try:
-                stack.enter_context(held_lease(state.child("promotion")))
+                stack.enter_context(held_lease(state.child("promotion"), say))
             except CheckpointError as error:
                 raise RolloutError(_lease_holder(state.child("promotion"))) from error
         yield

@@ -97,8 +97,8 @@ def publish_faults(run: Run, tracker: Tracker) -> None:
     with contextlib.suppress(StorageError):
         rows, events = (list(read_journal(run.store, name)) for name in ("metrics", "events"))
         if rows:
-            faults = as_metrics(time_in_steps(rows, events), recoveries(rows, events))
             line = lineage(rows, Checkpoints(run.store).starts())
+            faults = as_metrics(time_in_steps(line, events), recoveries(rows, events))
             bad = _bad_metrics(count_reasons(read_journal(run.store, "quarantine"), line))
             tracker.log_metrics(faults | bad, rows[-1]["step"])
 

@@ -125,7 +125,7 @@ def pretrain(config: Config, command: list[str], say: Say = print) -> Ended:
     """
     config = resolve(config)
     store = run_store(config)
-    with owned_signals() as stop, held_lease(store) as lease_lost:
+    with owned_signals() as stop, held_lease(store, say) as lease_lost:
         if claim(store, config):
             say(f"run {config.run.name} exists in {store.uri}")
         done = _finished(store, config, say)
@@ -233,6 +233,10 @@ def _run_job(
         say("\n" + summary_table(summary, run))
         status = "FINISHED"
         return Ended(summary)
+    except SystemExit:
+        status = "KILLED"
+        say(f"{stop.name}: stopped; {_last_commit(run)}\nto go on: {' '.join(command)}")
+        raise
     except Exception as error:
         error.add_note(f"{_last_commit(run)}; to resume: {' '.join(command)}")
         raise

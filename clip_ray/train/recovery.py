@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from clip_ray.train.journal import Row, lineage
+from clip_ray.train.journal import Row
 
 _CAUSES = {
     "hang": "hang",
@@ -32,8 +32,7 @@ def recoveries(metrics: Sequence[Row], events: Sequence[Row]) -> dict[str, dict[
     Returns:
         By cause: "times", and "seconds" in all.
     """
-    line = lineage(metrics)
-    usual = statistics.median(row["step_s"] for row in line) if line else 0.0
+    usual = statistics.median(row["step_s"] for row in metrics) if metrics else 0.0
     begun = [event for event in events if event["event"] == "attempt"]
     found: dict[str, dict[str, float]] = {}
     for before, after in zip(begun, begun[1:], strict=False):
@@ -51,16 +50,20 @@ def recoveries(metrics: Sequence[Row], events: Sequence[Row]) -> dict[str, dict[
     return found
 
 
-def time_in_steps(metrics: Sequence[Row], events: Sequence[Row]) -> float:
+def time_in_steps(line: Sequence[Row], events: Sequence[Row]) -> float:
     """Return the effective training time ratio: the share of the time in steps that count.
 
     The time is that from the first attempt's begin to the last step; 0 where there is no step.
+
+    Args:
+        line: the steps that led to the final weights (`journal.lineage`).
+        events: rows of the journal of events.
     """
-    if not metrics:
+    if not line:
         return 0.0
-    ended = metrics[-1]["time"]
+    ended = line[-1]["time"]
     started = min((e["time"] for e in events if e["event"] == "attempt"), default=ended)
-    useful = sum(row["step_s"] for row in lineage(metrics))
+    useful = sum(row["step_s"] for row in line)
     return min(1.0, useful / max(ended - started, 1e-9))
 
 

@@ -258,6 +258,22 @@ def test_a_signal_commits_and_ends(jobs, undisturbed, number, resumes):
         assert_same_end(jobs, "stopped", undisturbed)
 
 
+@pytest.mark.slow
+def test_a_signal_during_the_evaluation_ends_the_job_and_costs_nothing(jobs):
+    flags = ("--train.steps", "8", "--eval.datasets", "[bundled:starter]")
+    job = jobs.start("stopped", *flags)
+    wait_for((jobs.run_dir("stopped") / "export" / "preprocessing.json").exists, 120, "an export")
+    job.send_signal(signal.SIGTERM)
+    output = jobs.finish(job, code=128 + signal.SIGTERM)
+    assert "SIGTERM: stopped; last commit: step-00000008.a1\nto go on: python" in output
+    client = mlflow.MlflowClient(f"sqlite:///{jobs.storage}/mlflow.db")
+    assert client.search_runs(["1"])[0].info.status == "KILLED"
+
+    assert "starter zero_shot.top5" in jobs.run("stopped", *flags)
+    assert len(jobs.rows("stopped")) == 8
+    assert client.search_runs(["1"])[0].info.status == "FINISHED"
+
+
 def test_a_finished_run_is_shown_not_repeated(undisturbed):
     rows = len(undisturbed.rows("clip"))
     output = undisturbed.run("clip", *SLOW_STEPS)

@@ -54,10 +54,10 @@ def test_attempts_that_come_to_nothing_count_once_each_and_their_time_once():
 
 
 def test_the_share_of_the_time_in_steps_that_count():
-    metrics = steps(1, 1, 9, 100) + steps(2, 7, 10, 130)
+    line = steps(1, 1, 6, 100) + steps(2, 7, 10, 130)
     events = [attempt(1, 0, 94), attempt(2, 6, 125)]
     # Ten steps of a second count, of the 40 s from 94 to 134.
-    assert time_in_steps(metrics, events) == pytest.approx(10 / 40)
+    assert time_in_steps(line, events) == pytest.approx(10 / 40)
     assert time_in_steps([], events) == 0
 
 
