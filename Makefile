@@ -9,8 +9,9 @@ TORCH_INDEX ?=
 TORCH_PIN := $(shell grep '^torch==' constraints.txt)
 NOT_SELECTED := not slow and not chaos and not bench and not gpu
 # Groups of tests that run beside the others.
-JOBS := tests/runtime/test_pretrain.py tests/runtime/test_jobs.py tests/runtime/test_stop.py
-SERVERS := tests/serve tests/cluster
+TRAINING := tests/runtime/test_pretrain.py
+SERVERS := tests/serve tests/cluster tests/registry tests/test_registry.py
+SERVERS += tests/runtime/test_jobs.py tests/runtime/test_stop.py
 NODES := $(addprefix tests/chaos/test_,attempts.py soak.py zombies.py)
 
 .PHONY: help install quickstart serve serve-down cluster-up cluster-down package test test-slow test-gpu chaos lint format ui bench clean
@@ -68,7 +69,7 @@ package: install  ## the code as a zip for working_dir, for clusters without our
 
 test: install  ## unit and Ray integration tests (meant for 15 minutes on 2 cores)
 	@sh .ci/side-by-side.sh "$(BIN)/python -m pytest -m '$(NOT_SELECTED)'" \
-	"$(JOBS)" "$(SERVERS)" "$(addprefix --ignore=,$(JOBS) $(SERVERS))"
+	"$(TRAINING)" "$(SERVERS)" "$(addprefix --ignore=,$(TRAINING) $(SERVERS))"
 
 test-slow: install  ## the tests that take minutes each
 	@$(BIN)/python -m pytest -m "slow"

@@ -11,6 +11,7 @@ import pytest
 
 from clip_ray.runtime import drill as module
 from clip_ray.runtime.drill import _Drill, _Run, table
+from clip_ray.storage import LocalStore
 
 TIME = 4e9  # after every fault
 
@@ -19,7 +20,7 @@ class Told(_Run):
     """A run whose journals say what a test wants."""
 
     def __init__(self, loss: float = 1.0, **changes: Any) -> None:
-        super().__init__(Path("r"), "run", 30, None, Path("log"))
+        super().__init__(Path("r"), "run", 30, LocalStore(Path("no-run")), Path("log"))
         rows = [{"step": 1, "attempt": 1}, {"step": 2, "attempt": 2}]
         self.journals: dict[str, list[Any]] = {
             "metrics": [
