@@ -21,7 +21,13 @@ from tests.s3_proxy import Proxy, s3_proxy
 @pytest.fixture(scope="session")
 def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of a Ray into whose workers faults can be put."""
-    return {"PYTHONPATH": str(INJECT), "CHAOS_FAULTS": str(tmp_path_factory.mktemp("faults"))}
+    return {
+        "PYTHONPATH": str(INJECT),
+        "CHAOS_FAULTS": str(tmp_path_factory.mktemp("faults")),
+        # The nodes promise more CPUs than there are: threads that wait actively would take those
+        # that others compute with, and a step of 0.05 s last 0.7 s.
+        "OMP_WAIT_POLICY": "passive",
+    }
 
 
 @pytest.fixture(scope="session")
