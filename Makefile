@@ -12,7 +12,7 @@ NOT_SELECTED := not slow and not chaos and not bench and not gpu
 TRAINING := tests/runtime/test_pretrain.py
 SERVERS := tests/serve tests/cluster tests/registry tests/test_registry.py
 SERVERS += tests/runtime/test_jobs.py tests/runtime/test_stop.py
-ENDINGS := $(addprefix tests/chaos/test_,attempts.py soak.py)
+ENDINGS := $(addprefix tests/chaos/test_,attempts.py data_faults.py soak.py)
 # Alone: what they measure is promised of two cores with nothing beside.
 NODES := $(addprefix tests/chaos/test_,elastic.py zombies.py)
 
@@ -76,7 +76,7 @@ test: install  ## unit and Ray integration tests (meant for 15 minutes on 2 core
 test-slow: install  ## the tests that take minutes each
 	@$(BIN)/python -m pytest -m "slow"
 
-chaos: install  ## faults on real clusters of this machine: killed, stopped, drained, unreachable (30 minutes)
+chaos: install  ## faults on real clusters of this machine: killed, stopped, drained, unreachable (meant for 30 minutes)
 	@status=0; chaos="$(BIN)/python -m pytest -m chaos --durations=0 --durations-min=1"; \
 	$$chaos $(NODES) || status=1; \
 	sh .ci/side-by-side.sh "$$chaos" "$(ENDINGS)" "$(addprefix --ignore=,$(NODES) $(ENDINGS))" || status=1; \

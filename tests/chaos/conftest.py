@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -48,11 +49,44 @@ def undisturbed(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     return made
 
 
+@contextlib.contextmanager
+def mlflow_server(folder: Path) -> Iterator[tuple[str, str]]:
+    """Run an MLflow server, and yield its address and the URI of its database."""
+    (port,) = free_ports(1)
+    database = f"sqlite:///{folder}/mlflow.db"
+    options = ["--port", str(port), "--workers", "1", "--backend-store-uri", database]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", *options],
+        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        wait_for(lambda: answers(f"http://127.0.0.1:{port}/health"), START_S, "MLflow")
+        yield f"http://127.0.0.1:{port}", database
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+
+
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory, faults: dict[str, str]) -> Iterator[Head]:
+def several_nodes(
+    tmp_path_factory: pytest.TempPathFactory, faults: dict[str, str]
+) -> Iterator[dict[str, str]]:
+    """The environment of a Ray of several nodes, for which a database in a file is refused."""
+    with mlflow_server(tmp_path_factory.mktemp("mlflow")) as (address, _):
+        yield {**faults, "MLFLOW_TRACKING_URI": address}
+
+
+@pytest.fixture(scope="session")
+def cluster(
+    tmp_path_factory: pytest.TempPathFactory, several_nodes: dict[str, str]
+) -> Iterator[Head]:
     """A head with room for the data and one worker of two CPUs; tests add nodes."""
     with ray_head(
-        tmp_path_factory.mktemp("elastic"), cpus=3, with_dashboard=False, **faults
+        tmp_path_factory.mktemp("elastic"), cpus=3, with_dashboard=False, **several_nodes
     ) as head:
         yield head
 
@@ -67,21 +101,5 @@ def elastic(cluster: Head, tmp_path: Path) -> Iterator[Jobs]:
 @pytest.fixture
 def tracking(tmp_path: Path) -> Iterator[tuple[Proxy, str]]:
     """An MLflow server behind a proxy, and the URI of its database."""
-    (port,) = free_ports(1)
-    database = f"sqlite:///{tmp_path}/mlflow.db"
-    options = ["--port", str(port), "--workers", "1", "--backend-store-uri", database]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", *options],
-        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        wait_for(lambda: answers(f"http://127.0.0.1:{port}/health"), START_S, "MLflow")
-        with s3_proxy(f"http://127.0.0.1:{port}") as proxy:
-            yield proxy, database
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(30)
+    with mlflow_server(tmp_path) as (address, database), s3_proxy(address) as proxy:
+        yield proxy, database

@@ -28,7 +28,7 @@ from tests.chaos.support import (
 from tests.runtime.support import Jobs, ray_head, ray_node, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
-FLAGS = (*STEPS, "--cluster.cpus_per_worker", "2", "--tracking.uri", "http://127.0.0.1:1")
+FLAGS = (*STEPS, "--cluster.cpus_per_worker", "2", "--tracking.register_model", "false")
 # A node that says nothing is declared dead by Ray after these; its defaults take over a minute.
 SILENCE = {
     "RAY_health_check_period_ms": "1000",
@@ -41,10 +41,10 @@ def everything(process: psutil.Process) -> list[psutil.Process]:
     return [process, *process.children(recursive=True)]
 
 
-def test_a_rank_that_wakes_up_in_the_middle_of_a_commit(undisturbed, faults, tmp_path):
+def test_a_rank_that_wakes_up_in_the_middle_of_a_commit(undisturbed, several_nodes, tmp_path):
     """Its whole node stops before COMMIT is created, and goes on when another has taken over."""
     with (
-        ray_head(tmp_path, cpus=1, with_dashboard=False, **faults, **SILENCE) as head,
+        ray_head(tmp_path, cpus=1, with_dashboard=False, **several_nodes, **SILENCE) as head,
         ray_node(head, tmp_path, cpus=2) as one,
         ray_node(head, tmp_path, cpus=2) as other,
     ):
@@ -83,14 +83,12 @@ def commits_of(run: LocalStore, attempt: int) -> list[int]:
     return [commit.step for commit in Checkpoints(run).commits() if commit.attempt == attempt]
 
 
-def test_a_node_that_is_cut_off_and_comes_back(undisturbed, faults, tmp_path):
+def test_a_node_that_is_cut_off_and_comes_back(undisturbed, several_nodes, tmp_path):
     """The run goes on without it. It still reaches the storage, and changes nothing there."""
     with network() as net:
-        gloo = {"GLOO_SOCKET_IFNAME": net.interface}
+        variables = {**several_nodes, **SILENCE, "GLOO_SOCKET_IFNAME": net.interface}
         with (
-            ray_head(
-                tmp_path, cpus=3, host=net.here, with_dashboard=False, **faults, **SILENCE, **gloo
-            ) as head,
+            ray_head(tmp_path, cpus=3, host=net.here, with_dashboard=False, **variables) as head,
             ray_node(head, tmp_path, cpus=2, host=net.there, namespace=net.namespace) as node,
         ):
             jobs = Jobs(head, tmp_path)
