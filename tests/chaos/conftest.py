@@ -25,8 +25,8 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {
         "PYTHONPATH": str(INJECT),
         "CHAOS_FAULTS": str(tmp_path_factory.mktemp("faults")),
-        # The nodes promise more CPUs than there are: threads that wait actively would take those
-        # that others compute with, and a step of 0.05 s last 0.7 s.
+        # The nodes promise more CPUs than there are: threads that wait actively take those that
+        # others compute with.
         "OMP_WAIT_POLICY": "passive",
     }
 
