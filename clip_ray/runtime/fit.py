@@ -106,7 +106,6 @@ def fit_run(
     finally:
         stop.deferred = False
         watch.close()
-        inbox.close()
         line.close()
         recorder.training_ended.remote()
 

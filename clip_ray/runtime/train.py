@@ -7,9 +7,10 @@ run has reached is what its directory says (`train.checkpoint`).
 from __future__ import annotations
 
 import contextlib
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ from clip_ray.train.requests import Inbox
 from clip_ray.train.rundir import Run, claim, prepare, read_summary, run_store
 
 Say = Callable[[str], None]
+LOOK_S = 0.5  # between two looks at what the job is asked for, after training
 
 
 @dataclass(frozen=True)
@@ -225,17 +227,21 @@ def _run_job(
                     _stopped(run.store, run.total_steps, command, say) | {"run_id": tracker.run_id},
                     stop.received,
                 )
-        digest = export_model(run, tracker.wait_run_id(RUN_ID_TIMEOUT_S))
-        say(f"exported: {run.store.uri}/export (digest {digest[:12]})")
-        results, figures = evaluate_model(run, share, say)
-        summary = summarize(run, tracker.run_id, results, figures, digest, begun)
-        summary = publish(run, tracker, summary, say)
+        with _ended_when_asked(inbox):
+            digest = export_model(run, tracker.wait_run_id(RUN_ID_TIMEOUT_S))
+            say(f"exported: {run.store.uri}/export (digest {digest[:12]})")
+            results, figures = evaluate_model(run, share, say)
+            summary = summarize(run, tracker.run_id, results, figures, digest, begun)
+            summary = publish(run, tracker, summary, say)
         say("\n" + summary_table(summary, run))
         status = "FINISHED"
         return Ended(summary)
     except SystemExit:
         status = "KILLED"
-        say(f"{stop.name}: stopped; {_last_commit(run)}\nto go on: {' '.join(command)}")
+        why = f"asked by {inbox.stop_by}" if inbox.stop_by else stop.name
+        say(f"{why}: stopped; {_last_commit(run)}\nto go on: {' '.join(command)}")
+        if inbox.stop_by:
+            return Ended({"status": "stopped", "steps": run.total_steps})
         raise
     except Exception as error:
         error.add_note(f"{_last_commit(run)}; to resume: {' '.join(command)}")
@@ -246,6 +252,28 @@ def _run_job(
         if summary is None:
             publish_faults(run, tracker)
         close_tracker(run, tracker, status, summary, say)
+
+
+@contextlib.contextmanager
+def _ended_when_asked(inbox: Inbox) -> Iterator[None]:
+    """While the block runs, a request to stop does as SIGTERM does: there is nothing to commit."""
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(LOOK_S):
+            inbox.take()
+            if inbox.stop_by:
+                # To that thread, so that what it waits for is interrupted.
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+                return
+
+    looking = threading.Thread(target=look, name="asked", daemon=True)
+    looking.start()
+    try:
+        yield
+    finally:
+        over.set()
+        looking.join()
 
 
 def _last_commit(run: Run) -> str:

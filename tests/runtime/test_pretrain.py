@@ -25,7 +25,7 @@ from clip_ray.storage import LocalStore, open_store
 from clip_ray.train.checkpoint import Checkpoints
 from clip_ray.train.journal import lineage, read_journal
 from clip_ray.train.verify import verify
-from tests.runtime.support import Jobs, wait_for
+from tests.runtime.support import HOST, ROOT, Jobs, wait_for
 
 pytestmark = pytest.mark.ray
 # A window has 4 steps: commits fall inside windows too. Those of steps 21 and 42 are kept.
@@ -118,21 +118,12 @@ def assert_same_curve(jobs, name: str, undisturbed) -> None:
     assert np.linalg.norm(difference) <= 1e-5 * np.linalg.norm(expected)
 
 
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
-# The undisturbed run has two workers, and one micro-batch. 32 rows are 11 for each of three
-# workers: two micro-batches of 6 are filled up with void rows, as is the one row that is missing.
+# The undisturbed run has two workers, and one micro-batch; the run with a killed worker has three,
+# and two micro-batches.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("workers", "micro_batch"),
-    [
-        (3, 6),
-        *(slow(1, size) for size in (32, 16, 8)),
-        *(slow(2, size) for size in (8, 4)),
-        *(slow(3, size) for size in (11, 3)),
-        *(slow(4, size) for size in (8, 4, 2)),
-    ],
+    [(1, 32), (1, 16), (1, 8), (2, 8), (2, 4), (3, 11), (3, 3), (4, 8), (4, 4), (4, 2)],
 )
 def test_any_number_of_workers_gives_the_same_curve(jobs, undisturbed, workers, micro_batch):
     """1 to 4 workers, with one micro-batch, with two and with four."""
@@ -150,14 +141,26 @@ def test_a_slightly_other_run_is_told_apart(jobs, undisturbed):
         assert_same_curve(jobs, "other", undisturbed)
 
 
-def test_options_of_the_step_through_ray(jobs, undisturbed):
-    """A sigmoid loss from given weights, a locked tower, duplicates masked: two workers."""
-    export = undisturbed.run_dir("clip") / "export"
+@pytest.fixture(scope="module")
+def tuned(head, tmp_path_factory, undisturbed):
+    """A run with options of the step, from given weights, whose MLflow does not answer."""
+    jobs = Jobs(head, tmp_path_factory.mktemp("tuned"))
     flags = ("--train.loss", "siglip", "--model.init_logit_bias", "-10")
     flags += ("--train.mask_duplicates", "true", "--init.freeze", "[image]")
-    flags += ("--init.weights", str(export), "--train.micro_batch", "8", "--train.steps", "6")
-    flags += ("--train.grad_checkpointing", "true")
-    output = jobs.run("tuned", *flags)
+    flags += ("--init.weights", str(undisturbed.run_dir("clip") / "export"))
+    flags += ("--train.micro_batch", "8", "--train.grad_checkpointing", "true")
+    flags += ("--train.steps", "6")
+    with socket.socket() as refused:
+        refused.bind((HOST, 0))  # bound and not listening: connections are refused
+        uri = f"http://{HOST}:{refused.getsockname()[1]}"
+        output = jobs.run("tuned", *flags, "--tracking.uri", uri)
+    return jobs, flags, output
+
+
+def test_options_of_the_step_through_ray(tuned, undisturbed):
+    """A sigmoid loss from given weights, a locked tower, duplicates masked: two workers."""
+    jobs, _, output = tuned
+    export = undisturbed.run_dir("clip") / "export"
     assert f"beginning from {export}" in output
     (begun,) = [e for e in jobs.rows("tuned", "events") if e["event"] == "initial_weights"]
     assert begun["digest"] == undisturbed.summary("clip")["digest"]
@@ -168,6 +171,17 @@ def test_options_of_the_step_through_ray(jobs, undisturbed):
     assert after.keys() - before.keys() == {"logit_bias"}
     same = {name for name in before if np.array_equal(before[name], after[name])}
     assert same == {name for name in before if name.startswith("visual.")}
+
+
+def test_mlflow_may_be_down(tuned):
+    jobs, flags, output = tuned
+    assert "MLflow does not answer" in output
+    assert jobs.summary("tuned")["steps"] == 6
+    # The same run, pointed at an MLflow that works, hands over everything.
+    jobs.run("tuned", *flags, "--tracking.uri", f"sqlite:///{jobs.storage}/mlflow.db")
+    run_id = json.loads((jobs.run_dir("tuned") / "tracking.json").read_text())["run_id"]
+    expected = [(row["step"], row["loss"]) for row in jobs.rows("tuned")]
+    assert series(jobs.run_dir("tuned"), run_id) == expected
 
 
 @pytest.mark.slow
@@ -184,7 +198,9 @@ def test_weights_that_a_run_began_from_are_not_needed_again(jobs, undisturbed):
 
 
 def test_a_killed_worker_costs_nothing_but_time(jobs, undisturbed):
-    job = jobs.start("killed", *SLOW_STEPS)
+    """With three workers: of 32 rows each has 11, filled up with void ones to two times six."""
+    flags = ("--cluster.num_workers", "3", "--train.micro_batch", "6")
+    job = jobs.start("killed", *SLOW_STEPS, *flags)
     jobs.wait_for_step("killed", 10)
     actor(jobs.head, "ray::Recorder").kill()  # its rows are sent again
     jobs.wait_for_step("killed", 24)
@@ -192,6 +208,8 @@ def test_a_killed_worker_costs_nothing_but_time(jobs, undisturbed):
     output = jobs.finish(job)
     assert "attempt 2 goes on from step-000000" in output
     assert_same_end(jobs, "killed", undisturbed)
+    assert_same_curve(jobs, "killed", undisturbed)
+    assert {row["world_size"] for row in jobs.rows("killed")} == {3}
     attempts = [e for e in jobs.rows("killed", "events") if e["event"] == "attempt"]
     assert len(attempts) == 2 and attempts[0]["pid"] != attempts[1]["pid"]
     assert attempts[1]["from_step"] >= 21
@@ -236,6 +254,10 @@ def test_a_killed_job_is_resumed_by_the_same_command(jobs, undisturbed):
     assert relative([v for _, v in found], [v for _, v in expected]) <= 1e-4
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("number", "resumes"),
     [(signal.SIGTERM, False), slow(signal.SIGTERM, True), slow(signal.SIGINT, False)],
@@ -259,13 +281,22 @@ def test_a_signal_commits_and_ends(jobs, undisturbed, number, resumes):
 
 
 @pytest.mark.slow
-def test_a_signal_during_the_evaluation_ends_the_job_and_costs_nothing(jobs):
+@pytest.mark.parametrize("asked", [False, True])
+def test_an_end_during_the_evaluation_costs_nothing(jobs, asked):
+    """By a signal, or by jobs/stop.py."""
     flags = ("--train.steps", "8", "--eval.datasets", "[bundled:starter]")
     job = jobs.start("stopped", *flags)
     wait_for((jobs.run_dir("stopped") / "export" / "preprocessing.json").exists, 120, "an export")
-    job.send_signal(signal.SIGTERM)
-    output = jobs.finish(job, code=128 + signal.SIGTERM)
-    assert "SIGTERM: stopped; last commit: step-00000008.a1\nto go on: python" in output
+    if asked:
+        stop = [sys.executable, str(ROOT / "jobs/stop.py"), str(jobs.run_dir("stopped"))]
+        done = subprocess.run(stop, env=jobs.head.env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 and "the job has ended as asked" in done.stdout
+    else:
+        job.send_signal(signal.SIGTERM)
+    output = jobs.finish(job, code=0 if asked else 128 + signal.SIGTERM)
+    why = r"asked by \S+" if asked else "SIGTERM"
+    go_on = r": stopped; last commit: step-00000008\.a1\nto go on: python"
+    assert re.search(why + go_on, output), output
     client = mlflow.MlflowClient(f"sqlite:///{jobs.storage}/mlflow.db")
     assert client.search_runs(["1"])[0].info.status == "KILLED"
 
@@ -317,6 +348,7 @@ def make_tar(path: Path, samples: int, bad: set[int]) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_too_many_bad_images_stop_the_run(jobs, tmp_path):
     data = make_tar(tmp_path / "all.tar", 128, bad=set(range(128)))
     flags = ("--data.sources", str(data), "--data.holdout", "0", "--train.steps", "100")
@@ -363,51 +395,6 @@ def test_what_cannot_be_done_is_said_before_it_is_tried(jobs, flags, words):
     assert words in output and "Traceback" not in output
 
 
-def test_mlflow_may_be_down(jobs):
-    with socket.socket() as refused:
-        refused.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
-        uri = f"http://127.0.0.1:{refused.getsockname()[1]}"
-        output = jobs.run("dark", "--tracking.uri", uri)
-    assert "MLflow does not answer" in output
-    assert jobs.summary("dark")["steps"] == 20
-    # The same run, pointed at an MLflow that works, hands over everything.
-    store = f"sqlite:///{jobs.storage}/mlflow.db"
-    jobs.run("dark", "--tracking.uri", store)
-    run_id = json.loads((jobs.run_dir("dark") / "tracking.json").read_text())["run_id"]
-    expected = [(row["step"], row["loss"]) for row in jobs.rows("dark")]
-    assert series(jobs.run_dir("dark"), run_id) == expected
-
-
-def test_everything_on_s3_and_bad_images_void_counted_and_named(jobs, s3, tmp_path):
-    data = make_tar(tmp_path / "some.tar", 128, bad={3, 77})
-    open_store("s3://bucket/data", s3).write("train-0000.tar", data.read_bytes())
-    flags = [
-        *("--run.storage", "s3://bucket/runs", "--run.s3.endpoint", s3.endpoint),
-        *("--data.sources", "s3://bucket/data/train-{0000..0000}.tar"),
-        *("--data.s3.endpoint", s3.endpoint),
-        *("--tracking.uri", f"sqlite:///{jobs.directory}/mlflow.db"),
-        *("--tracking.register_model", "false"),
-        *SLOW_STEPS,
-    ]
-    run = open_store("s3://bucket/runs/far", s3)
-    job = jobs.start("far", *flags)
-    wait_for(lambda: Checkpoints(run).commits(), 200, "a commit on S3")
-    os.killpg(job.pid, signal.SIGKILL)
-    killed, _ = job.communicate(timeout=20)
-    assert not run.exists("summary.json")
-    output = killed + jobs.run("far", *flags)
-    summary = json.loads(run.read("summary.json"))
-    assert summary["steps"] == 60 and summary["attempts"] == 2
-    assert "bad sample: 00" in output
-    assert summary["bad_samples"] == 30  # fifteen passes over two bad samples
-    assert summary["bad_reasons"] == {"truncated": 30}
-    assert {row["key"] for row in read_journal(run, "quarantine")} == {"0003", "0077"}
-    assert run.exists("metrics.jsonl") and run.exists("quarantine.jsonl")
-    line = lineage(read_journal(run, "metrics"))
-    assert [row["step"] for row in line] == list(range(1, 61))
-    assert verify(run).holds
-
-
 def submit(head, directory: Path, submission: str, *command: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [
@@ -422,20 +409,32 @@ def submit(head, directory: Path, submission: str, *command: str) -> subprocess.
     )
 
 
-def test_ray_job_submit(head, tmp_path, undisturbed):
-    """Submit, kill, change a source line, submit again: it resumes. A config error fails it."""
-    root = Path(__file__).resolve().parents[2]
+def test_ray_job_submit_with_everything_on_s3(head, jobs, s3, tmp_path):
+    """Submit, kill, change a source line, submit again: it resumes. A config error fails it.
+
+    Bad images are void, counted and named.
+    """
     checkout = tmp_path / "checkout"
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
     for name in ("clip_ray", "jobs"):
-        shutil.copytree(root / name, checkout / name, ignore=ignore)
-    command = undisturbed.command("job", *SLOW_STEPS)[2:]
-    shutil.copy(command[1], checkout / "recipe.yaml")
-    python = [sys.executable, "jobs/pretrain.py", "--config", "recipe.yaml", *command[2:]]
-    python += ["--run.storage", str(tmp_path / "runs")]
-    run = tmp_path / "runs" / "job"
+        shutil.copytree(ROOT / name, checkout / name, ignore=ignore)
+    data = make_tar(tmp_path / "some.tar", 128, bad={3, 77})
+    open_store("s3://bucket/data", s3).write("train-0000.tar", data.read_bytes())
+    flags = (
+        *("--run.storage", "s3://bucket/runs", "--run.s3.endpoint", s3.endpoint),
+        *("--data.sources", "s3://bucket/data/train-{0000..0000}.tar"),
+        *("--data.s3.endpoint", s3.endpoint),
+        *("--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db"),
+        *("--tracking.register_model", "false"),
+        *SLOW_STEPS,
+    )
+    _, script, _, recipe, *rest = jobs.command("far", *flags)
+    shutil.copy(recipe, checkout / "recipe.yaml")
+    script = str(Path(script).relative_to(ROOT))
+    command = [sys.executable, script, "--config", "recipe.yaml", *rest]
+    run = open_store("s3://bucket/runs/far", s3)
 
-    failed = submit(head, checkout, "typo", *python, "--train.stepz", "1")
+    failed = submit(head, checkout, "typo", *command, "--train.stepz", "1")
     assert failed.returncode != 0
     assert "did you mean train.steps?" in failed.stdout + failed.stderr
 
@@ -443,29 +442,34 @@ def test_ray_job_submit(head, tmp_path, undisturbed):
         [
             *(str(Path(sys.executable).with_name("ray")), "job", "submit", "--no-wait"),
             *("--address", head.dashboard, "--submission-id", "first"),
-            *("--working-dir", str(checkout), "--", *python),
+            *("--working-dir", str(checkout), "--", *command),
         ],
         env={k: v for k, v in head.env.items() if k != "RAY_ADDRESS"},
         stdout=subprocess.DEVNULL,
     )
     assert first.wait(60) == 0
-    store = LocalStore(run)
-    wait_for(lambda: any(r["step"] >= 20 for r in read_journal(store, "metrics")), 200, "step 20")
-    lease = next((run / "lease").iterdir())
-    driver = json.loads(lease.read_text())["pid"]
+    wait_for(lambda: Checkpoints(run).commits(), 200, "a commit on S3")
+    (lease,) = run.child("lease").files()
+    driver = json.loads(run.child("lease").read(lease))["pid"]
     os.kill(driver, signal.SIGKILL)
     wait_for(lambda: not psutil.pid_exists(driver), 20, "the driver's end")
+    assert not run.exists("summary.json")
 
     with open(checkout / "clip_ray" / "optim.py", "a") as source:
         source.write("\n# An edited line: the job's directory gets another name.\n")
-    second = submit(head, checkout, "second", *python)
+    second = submit(head, checkout, "second", *command)
     assert second.returncode == 0, second.stdout + second.stderr
-    assert re.search(r"from step (14|21|28|35)\n", second.stdout), second.stdout
-    rows = lineage(read_journal(store, "metrics"))
-    expected = undisturbed.rows("clip")
-    assert [r["samples_digest"] for r in rows] == [r["samples_digest"] for r in expected]
-    assert rows[-1]["loss"] == pytest.approx(expected[-1]["loss"], rel=1e-4)
-    summary = json.loads((run / "summary.json").read_text())
-    client = mlflow.MlflowClient(f"sqlite:///{run.parent}/mlflow.db")
+    assert re.search(r"from step (7|14|21|28|35)\n", second.stdout), second.stdout
+    summary = json.loads(run.read("summary.json"))
+    assert summary["steps"] == 60 and summary["attempts"] == 2
+    assert "bad sample: 00" in second.stdout + second.stderr
+    assert summary["bad_samples"] == 30  # fifteen passes over two bad samples
+    assert summary["bad_reasons"] == {"truncated": 30}
+    assert {row["key"] for row in read_journal(run, "quarantine")} == {"0003", "0077"}
+    assert run.exists("metrics.jsonl") and run.exists("quarantine.jsonl")
+    line = lineage(read_journal(run, "metrics"))
+    assert [row["step"] for row in line] == list(range(1, 61))
+    assert verify(run).holds
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     tags = client.get_run(summary["run_id"]).data.tags
     assert tags["clip_ray.source.origin"] == "digest"  # no .git in the job's directory

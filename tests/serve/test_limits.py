@@ -32,8 +32,6 @@ LIMITS = {
     "stored_prompts": 8,
     "predictions": 16,
     "stored_classifiers": 2,
-    "request_s": 1.0,
-    "body_s": 0.5,
     "memory_mb": 0.8,  # a quarter of it for bodies
     "queue_s": 0.15,
     "ongoing": 2,
@@ -46,6 +44,14 @@ def tight(tmp_path_factory: pytest.TempPathFactory, served: ServedModel) -> Iter
     """A replica that allows little; after each test it must be as idle as before."""
     with running(Site(tmp_path_factory.mktemp("tight"), served, {"limits": LIMITS})) as site:
         yield site
+
+
+@pytest.fixture
+def hurried(tight: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short deadlines, for the tests of them: others wait as long as the machine needs."""
+    gate = tight.gate()
+    limits = gate.limits.model_copy(update={"request_s": 1.0, "body_s": 0.5})
+    monkeypatch.setattr(gate, "limits", limits)
 
 
 @pytest.fixture(autouse=True)
@@ -176,6 +182,7 @@ def test_a_body_in_many_chunks(tight: Site) -> None:
     assert ask(tight, Client([b"", *chunks, b""])).status == 200
 
 
+@pytest.mark.usefixtures("hurried")
 def test_a_slow_body(tight: Site) -> None:
     answer = ask(tight, Client([TEXT[:5], 5.0, TEXT[5:]]))
     refused(answer, 408, "body_timeout")
@@ -271,11 +278,13 @@ def test_memory_is_reserved_as_a_body_of_unknown_length_grows(tight: Site) -> No
 # Work
 
 
+@pytest.mark.usefixtures("hurried")
 def test_the_deadline_of_a_request(tight: Site, slow: Slow) -> None:
     refused(tight.post(EMBED, {"input": "a"}), 408, "request_timeout")
     assert (slow.begun, slow.cancelled) == (1, 1)
 
 
+@pytest.mark.usefixtures("hurried")
 def test_the_deadline_covers_texts_and_images_alike(tight: Site, slow: Slow) -> None:
     body = {"input": ["a", {"image": URI}]}
     refused(tight.post(EMBED, body), 408, "request_timeout")
@@ -397,6 +406,7 @@ def connect(url: str) -> socket.socket:
 HEAD = f"POST {EMBED} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n".encode()
 
 
+@pytest.mark.usefixtures("hurried")
 def test_a_slow_client_is_answered_and_let_go(url: str) -> None:
     with connect(url) as slow:
         slow.sendall(HEAD + b"Content-Length: 1000\r\n\r\n{")
