@@ -8,7 +8,7 @@ STORAGE ?= runs
 TORCH_INDEX ?=
 TORCH_PIN := $(shell grep '^torch==' constraints.txt)
 NOT_SELECTED := not slow and not chaos and not bench and not gpu
-# Groups of tests that run beside the others.
+# Groups of tests that run beside the others; threads of theirs that wait leave the cores to them.
 TRAINING := tests/runtime/test_pretrain.py
 SERVERS := tests/serve tests/cluster tests/registry tests/test_registry.py
 SERVERS += tests/runtime/test_jobs.py tests/runtime/test_stop.py
@@ -70,7 +70,8 @@ package: install  ## the code as a zip for working_dir, for clusters without our
 	@$(BIN)/python cluster/package.py --dest "$(DEST)"
 
 test: install  ## unit and Ray integration tests (meant for 15 minutes on 2 cores)
-	@sh .ci/side-by-side.sh "$(BIN)/python -m pytest -m '$(NOT_SELECTED)'" \
+	@OMP_WAIT_POLICY=passive sh .ci/side-by-side.sh \
+	"$(BIN)/python -m pytest -m '$(NOT_SELECTED)' --durations=15" \
 	"$(TRAINING)" "$(SERVERS)" "$(addprefix --ignore=,$(TRAINING) $(SERVERS))"
 
 test-slow: install  ## the tests that take minutes each
