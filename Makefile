@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 TORCH_PIN := $(shell grep '^torch==' constraints.txt)
 NOT_SELECTED := not slow and not chaos and not bench and not gpu
 # Groups of tests that run beside the others; threads of theirs that wait leave the cores to them.
-TRAINING := tests/runtime/test_pretrain.py
+TRAINING := tests/runtime/test_pretrain.py tests/train
 SERVERS := tests/serve tests/cluster tests/registry tests/test_registry.py
 SERVERS += tests/runtime/test_jobs.py tests/runtime/test_stop.py
 ENDINGS := $(addprefix tests/chaos/test_,attempts.py data_faults.py soak.py)
