@@ -14,7 +14,7 @@ SERVERS := tests/serve tests/cluster tests/registry tests/test_registry.py
 SERVERS += tests/runtime/test_jobs.py tests/runtime/test_stop.py
 ENDINGS := $(addprefix tests/chaos/test_,attempts.py data_faults.py soak.py)
 # Alone: what they measure is promised of two cores with nothing beside.
-NODES := $(addprefix tests/chaos/test_,elastic.py zombies.py)
+NODES := $(addprefix tests/chaos/test_,elastic.py zombies.py head.py::test_calls_that_fail)
 
 .PHONY: help install quickstart serve serve-down cluster-up cluster-down package test test-slow test-gpu chaos lint format ui bench clean
 
@@ -79,9 +79,11 @@ test-slow: install  ## the tests that take minutes each
 
 chaos: install  ## faults on real clusters of this machine: killed, stopped, drained, unreachable (meant for 30 minutes)
 	@status=0; chaos="$(BIN)/python -m pytest -m chaos --durations=0 --durations-min=1"; \
+	export CHAOS_UNDISTURBED=$$(mktemp -d); \
 	$$chaos $(NODES) || status=1; \
-	sh .ci/side-by-side.sh "$$chaos" "$(ENDINGS)" "$(addprefix --ignore=,$(NODES) $(ENDINGS))" || status=1; \
-	exit $$status
+	sh .ci/side-by-side.sh "$$chaos" "$(ENDINGS)" \
+	"$(patsubst %,--deselect=%,$(NODES) $(ENDINGS)) tests/chaos" || status=1; \
+	rm -r "$$CHAOS_UNDISTURBED"; exit $$status
 
 test-gpu: install  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m "gpu" -rs

@@ -164,6 +164,8 @@ def _ray_start(
         *(str(Path(sys.executable).with_name("ray")), "start", "--block", *options),
         *(f"--node-ip-address={host}", f"--num-cpus={cpus}", "--num-gpus=0"),
         *("--object-store-memory=500000000", "--disable-usage-stats"),
+        # It looks at each log file without end, and sends what nobody asks for.
+        "--include-log-monitor=false",
     ]
     # Ray gives a node half a minute to start, on whatever machine.
     for _ in range(3):
