@@ -227,7 +227,7 @@ def _run_job(
                     _stopped(run.store, run.total_steps, command, say) | {"run_id": tracker.run_id},
                     stop.received,
                 )
-        with _ended_when_asked(inbox):
+        with _ended_when_asked(inbox, event):
             digest = export_model(run, tracker.wait_run_id(RUN_ID_TIMEOUT_S))
             say(f"exported: {run.store.uri}/export (digest {digest[:12]})")
             results, figures = evaluate_model(run, share, say)
@@ -255,13 +255,14 @@ def _run_job(
 
 
 @contextlib.contextmanager
-def _ended_when_asked(inbox: Inbox) -> Iterator[None]:
+def _ended_when_asked(inbox: Inbox, event: Callable[[str, Row], None]) -> Iterator[None]:
     """While the block runs, a request to stop does as SIGTERM does: there is nothing to commit."""
     over = threading.Event()
 
     def look() -> None:
         while not over.wait(LOOK_S):
-            inbox.take()
+            for request in inbox.take():
+                event("asked", {"wish": request.wish, "by": request.by})
             if inbox.stop_by:
                 # To that thread, so that what it waits for is interrupted.
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)

@@ -297,6 +297,8 @@ def test_an_end_during_the_evaluation_costs_nothing(jobs, asked):
     why = r"asked by \S+" if asked else "SIGTERM"
     go_on = r": stopped; last commit: step-00000008\.a1\nto go on: python"
     assert re.search(why + go_on, output), output
+    told = [e["wish"] for e in jobs.rows("stopped", "events") if e["event"] == "asked"]
+    assert told == (["stop"] if asked else [])
     client = mlflow.MlflowClient(f"sqlite:///{jobs.storage}/mlflow.db")
     assert client.search_runs(["1"])[0].info.status == "KILLED"
 
