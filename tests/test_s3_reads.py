@@ -221,13 +221,8 @@ def waits(store: S3Store, ranges: list[tuple[int, int]], data: bytes) -> list[fl
     return found
 
 
-@pytest.mark.parametrize(
-    ("slow_s", "floor_s"),
-    [(1.0, 0.15), pytest.param(5.0, 1.0, marks=pytest.mark.slow)],
-)
-def test_a_slow_read_is_overtaken(
-    slow_s: float, floor_s: float, proxy: Proxy, tmp_path: Path
-) -> None:
+def test_a_slow_read_is_overtaken(proxy: Proxy, tmp_path: Path) -> None:
+    slow_s, floor_s = 5.0, 1.0  # far apart: a busy machine is slow by itself
     data = random.Random(2).randbytes(200_000)
     ranges = [(at, at + 1000) for at in range(0, 200_000, 1000)]
     store, plain = through(proxy, tmp_path), through(proxy, tmp_path, hedge=0)
