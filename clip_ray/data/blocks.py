@@ -14,7 +14,6 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -26,6 +25,7 @@ from clip_ray.config import DataConfig
 from clip_ray.data.manifest import Manifest
 from clip_ray.data.plan import Ints, Plan
 from clip_ray.data.shards import BadSample, Sample, read_ordinals
+from clip_ray.data.threads import readers
 from clip_ray.images import ImageError, decode, train_crop
 from clip_ray.tokenizer import Tokenizer
 
@@ -246,8 +246,7 @@ class BlockReader:
 
         shards = np.unique(shard).tolist()
         if len(shards) > 1 and self._remote:
-            with ThreadPoolExecutor(min(FETCHES, len(shards))) as pool:
-                fetched.pieces.extend(pool.map(piece, shards))
+            fetched.pieces.extend(readers("shard", FETCHES).map(piece, shards))
         else:
             fetched.pieces.extend(map(piece, shards))
         return fetched

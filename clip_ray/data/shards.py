@@ -8,7 +8,6 @@ is not the one that was indexed gives bad samples, never an error: I/O errors al
 from __future__ import annotations
 
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -20,6 +19,7 @@ from clip_ray.data.quarantine import BadSample
 from clip_ray.data.samples import Ints, Sample, Scan, Suffixes, digest_keys
 from clip_ray.data.sidecar import scan_sidecar
 from clip_ray.data.tar import STRIDE, Slab, ranges, read_tar, scan_tar
+from clip_ray.data.threads import readers
 from clip_ray.errors import DataError
 from clip_ray.storage import ChangedError, FileInfo, Store, open_store, split_uri
 
@@ -38,7 +38,7 @@ __all__ = [
 TAR, PARQUET = "tar", "parquet"
 _LOCAL_GAP = 0  # bytes: a seek is cheaper than any copy
 _S3_GAP = 1 << 20  # bytes: about what arrives while another request would travel
-_S3_READERS = 8  # ranges of one shard fetched at a time
+_S3_READERS = 16  # ranges fetched at a time where a slot's samples lie far apart
 
 
 @dataclass(frozen=True)
@@ -280,9 +280,8 @@ def _read(
 
     result: dict[int, Sample | BadSample] = {}
     if remote and len(spans) > 1:
-        with ThreadPoolExecutor(min(_S3_READERS, len(spans))) as pool:
-            for part in pool.map(fetch, range(len(spans))):
-                result.update(part)
+        for part in readers("range", _S3_READERS).map(fetch, range(len(spans))):
+            result.update(part)
     else:
         for number in range(len(spans)):
             result.update(fetch(number))
