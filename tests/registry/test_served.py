@@ -305,7 +305,7 @@ def test_a_model_is_verified_in_a_process_of_its_own(on_s3, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)  # wherever it is started
     stored, s3 = on_s3
     target = Target(**stored.model_dump(), previous=stored)
-    verify_in_process(target, s3, 120)
+    verify_in_process(target, s3, 300)
 
 
 def test_a_bad_model_fails_there_and_says_why(run, tmp_path):
@@ -317,7 +317,7 @@ def test_a_bad_model_fails_there_and_says_why(run, tmp_path):
     with pytest.raises(
         RegistryError, match=r"(?s)clip/.* failed with code 2.*features have norm n"
     ):
-        verify_in_process(stored, None, 120)
+        verify_in_process(stored, None, 300)
 
 
 def test_crashes_and_hangs_there_are_errors(run, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ def script(name: str, *arguments: str, env=None, cwd=None, code: int = 0) -> str
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=400,
     )
     output = done.stdout + done.stderr
     assert done.returncode == code, output

@@ -112,7 +112,7 @@ class Site:
         self.driver = driver.start(home(str(self.storage)))
 
     def run(self, *command: str, code: int = 0) -> str:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 
@@ -122,7 +122,7 @@ class Site:
 
     def ask(self, function, *arguments):
         assert self.driver is not None
-        return self.driver.submit(function, *arguments).result(120)
+        return self.driver.submit(function, *arguments).result(300)
 
     def get(self, path: str) -> tuple[int, str]:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as answer:
