@@ -13,11 +13,12 @@ import pyarrow as pa
 import pytest
 
 from clip_ray.config import ClusterConfig
-from clip_ray.data.blocks import Layout
+from clip_ray.data.blocks import Arrays, Layout
 from clip_ray.errors import ClusterError
+from clip_ray.runtime import data as runtime_data
 from clip_ray.runtime.cluster import Share, deal_streams, spare_cpus
-from clip_ray.runtime.data import BatchStream, Deal, ranks_beside, segments
-from clip_ray.runtime.tables import to_table
+from clip_ray.runtime.data import BatchStream, Deal, ranks_beside, read_blocks, segments
+from clip_ray.runtime.tables import from_table, to_table
 from tests.runtime.support import wait_for
 
 
@@ -57,6 +58,32 @@ def test_streams_deal_every_block_to_its_rank_once(world_size, streams):
             numbers += deal.numbers(rank)
     first, last = (window * layout.blocks_per_window for window in (2, 5))
     assert sorted(numbers) == list(range(first, last))
+
+
+def test_all_tasks_of_a_process_fetch_in_one_thread(monkeypatch):
+    fetched: list[tuple[int, threading.Thread]] = []
+
+    class Reader:
+        layout = Layout(world_size=2, rows=8, window=4, chunks=3)
+
+        def fetch(self, window: int, chunk: int, rank: int) -> int:
+            number = (window * 3 + chunk) * 2 + rank
+            fetched.append((number, threading.current_thread()))
+            return number
+
+        def decode(self, number: int, arrays: Arrays) -> dict[str, Any]:
+            return {"pixels": np.full((4, 2, 2, 3), number, np.uint8)}
+
+    monkeypatch.setattr(runtime_data, "_reader", lambda reference: (Reader(), Arrays()))
+    context = SimpleNamespace(get_node_id=lambda: "0" * 56)
+    monkeypatch.setattr(runtime_data.ray, "get_runtime_context", lambda: context)
+    tasks = [[1, 3, 5], [7, 9], [11]]
+    found = [[from_table(table)[:2] for table in read_blocks(None, task)] for task in tasks]
+    assert [[number for _, number in task] for task in found] == tasks
+    assert all((block["pixels"] == number).all() for task in found for block, number in task)
+    assert [number for number, _ in fetched] == [1, 3, 5, 7, 9, 11]
+    threads = {thread for _, thread in fetched}
+    assert len(threads) == 1 and threading.current_thread() not in threads
 
 
 def test_workers_fill_nodes_one_after_the_other():
