@@ -25,13 +25,12 @@ from clip_ray.config import DataConfig
 from clip_ray.data.manifest import Manifest
 from clip_ray.data.plan import Ints, Plan
 from clip_ray.data.shards import BadSample, Sample, read_ordinals
-from clip_ray.data.threads import readers
+from clip_ray.data.threads import SHARDS
 from clip_ray.images import ImageError, decode, train_crop
 from clip_ray.tokenizer import Tokenizer
 
 BLOCK_BYTES = 40 << 20  # Ray takes some 25 ms of CPU time for each (tests/benchmarks/data)
 MOST_BYTES = 64 << 20  # of a block that is larger because it holds a whole slot
-FETCHES = 8  # shards that a block is read from at a time, on S3
 Block = dict[str, NDArray[Any]]
 
 
@@ -246,7 +245,7 @@ class BlockReader:
 
         shards = np.unique(shard).tolist()
         if len(shards) > 1 and self._remote:
-            fetched.pieces.extend(readers("shard", FETCHES).map(piece, shards))
+            fetched.pieces.extend(SHARDS.map(piece, shards))
         else:
             fetched.pieces.extend(map(piece, shards))
         return fetched

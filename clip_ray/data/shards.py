@@ -19,7 +19,7 @@ from clip_ray.data.quarantine import BadSample
 from clip_ray.data.samples import Ints, Sample, Scan, Suffixes, digest_keys
 from clip_ray.data.sidecar import scan_sidecar
 from clip_ray.data.tar import STRIDE, Slab, ranges, read_tar, scan_tar
-from clip_ray.data.threads import readers
+from clip_ray.data.threads import RANGES
 from clip_ray.errors import DataError
 from clip_ray.storage import ChangedError, FileInfo, Store, open_store, split_uri
 
@@ -38,7 +38,6 @@ __all__ = [
 TAR, PARQUET = "tar", "parquet"
 _LOCAL_GAP = 0  # bytes: a seek is cheaper than any copy
 _S3_GAP = 1 << 20  # bytes: about what arrives while another request would travel
-_S3_READERS = 16  # ranges fetched at a time where a slot's samples lie far apart
 
 
 @dataclass(frozen=True)
@@ -280,7 +279,7 @@ def _read(
 
     result: dict[int, Sample | BadSample] = {}
     if remote and len(spans) > 1:
-        for part in readers("range", _S3_READERS).map(fetch, range(len(spans))):
+        for part in RANGES.map(fetch, range(len(spans))):
             result.update(part)
     else:
         for number in range(len(spans)):

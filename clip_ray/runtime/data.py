@@ -38,7 +38,7 @@ from clip_ray.data.blocks import (
     assemble,
 )
 from clip_ray.data.pipe import Pipe
-from clip_ray.data.threads import readers
+from clip_ray.data.threads import BLOCKS
 from clip_ray.errors import TrainingError
 from clip_ray.runtime.cluster import Share, usable_nodes
 from clip_ray.runtime.tables import REST_BYTES, from_table, to_table
@@ -108,14 +108,13 @@ def read_blocks(reference: ray.ObjectRef, numbers: Sequence[int]) -> Iterator[pa
     While a block is decoded, the files of the next one are fetched.
     """
     (reader, arrays), node = _reader(reference), _short(ray.get_runtime_context().get_node_id())
-    ahead = readers("block", 1)
     places = (reader.layout.block_at(number) for number in numbers)
-    fetching = ahead.submit(reader.fetch, *next(places))
+    fetching = BLOCKS.submit(reader.fetch, *next(places))
     for number in numbers:
         fetched = fetching.result()
         following = next(places, None)
         if following is not None:
-            fetching = ahead.submit(reader.fetch, *following)
+            fetching = BLOCKS.submit(reader.fetch, *following)
         yield to_table(reader.decode(fetched, arrays), number, node)
 
 

@@ -81,7 +81,7 @@ def tags(storage: Path, version: str) -> dict[str, str]:
 def drill(storage: Path, *flags: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "jobs/register.py"), "--model", "clip", *flags]
     return subprocess.run(
-        [*command, "--storage", str(storage)], cwd=cwd, capture_output=True, text=True, timeout=300
+        [*command, "--storage", str(storage)], cwd=cwd, capture_output=True, text=True, timeout=120
     )
 
 

@@ -305,7 +305,16 @@ def test_a_model_is_verified_in_a_process_of_its_own(on_s3, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)  # wherever it is started
     stored, s3 = on_s3
     target = Target(**stored.model_dump(), previous=stored)
+    begin, ended = subprocess.run, []
+
+    def run(*command, **options):
+        done = begin(*command, **options)
+        ended.append(done.returncode)
+        return done
+
+    monkeypatch.setattr(subprocess, "run", run)
     verify_in_process(target, s3, 300)
+    assert ended == [0]
 
 
 def test_a_bad_model_fails_there_and_says_why(run, tmp_path):

@@ -122,7 +122,7 @@ class Site:
 
     def ask(self, function, *arguments):
         assert self.driver is not None
-        return self.driver.submit(function, *arguments).result(300)
+        return self.driver.submit(function, *arguments).result(120)
 
     def get(self, path: str) -> tuple[int, str]:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as answer:

@@ -48,7 +48,7 @@ def test_a_promotion_under_load_fails_no_request_and_mixes_no_versions(tmp_path,
         promoted_at = time.monotonic()
         second = store_model(models[1].uri, tmp_path / "models", name="clip")
         target = successor(second, live.ask(driver.target), keep_previous=True)
-        confirmed, error = live.ask(driver.promote, target, 300)
+        confirmed, error = live.ask(driver.promote, target, 120)
         assert error is None and len(confirmed) == replicas
         done_at = time.monotonic()
         time.sleep(5)
