@@ -28,6 +28,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from clip_ray.config import ClusterConfig, Config
 from clip_ray.errors import ClusterError, ConfigError
+from clip_ray.runtime import cpu_policy
 
 MIN_WORKER_CPUS = 0.25  # below this a worker and its process threads only fight for the core
 ROOM_S = 5.0  # a placement group that the nodes have room for is there in milliseconds
@@ -183,22 +184,26 @@ def _start_local(share: Share, streamed: float, token_dir: Path) -> None:
     # Ray turns token authentication on by itself for a local start; it warns of that each time.
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    # Ray Data's loop, ten times a second, sees a block or a task's end one turn later when a thread
+    # of its own fetches what is told of each block, and a CPU waits as long for its next task.
+    os.environ.setdefault("RAY_DATA_METADATA_PREFETCH_ON_THREAD", "0")
     # A temp directory of our own: in Ray's, the address file of a killed Ray makes each shutdown
     # wait 12 s for a head that is gone. Short, because socket paths end at 107 characters.
     temp = ray_temp()
     os.environ["RAY_TMPDIR"] = str(temp)
     cpus = share.num_workers * share.worker_cpus + share.data_cpus
     try:
-        ray.init(
-            address="local",
-            num_cpus=max(1, round(cpus + 0.49)),
-            object_store_memory=object_store_bytes(share, streamed),
-            include_dashboard=False,
-            log_to_driver=False,
-            configure_logging=True,
-            logging_level=logging.WARNING,
-            _temp_dir=str(temp),
-        )
+        with cpu_policy.batch():
+            ray.init(
+                address="local",
+                num_cpus=max(1, round(cpus + 0.49)),
+                object_store_memory=object_store_bytes(share, streamed),
+                include_dashboard=False,
+                log_to_driver=False,
+                configure_logging=True,
+                logging_level=logging.WARNING,
+                _temp_dir=str(temp),
+            )
     except Exception as error:  # Ray raises many kinds here
         raise ClusterError(f"a local Ray could not be started: {error}") from error
 
