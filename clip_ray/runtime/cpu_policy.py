@@ -30,11 +30,13 @@ def batch() -> Iterator[None]:
 
 
 def leave_batch() -> None:
-    """Make the calling thread, and the threads that it starts from now on, ordinary again."""
-    if _KNOWN and os.sched_getscheduler(0) == os.SCHED_BATCH:
-        _set(os.SCHED_OTHER)
+    """Make this process ordinary again: its threads, and what they start from now on."""
+    for thread in map(int, os.listdir("/proc/self/task")) if _KNOWN else ():
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            if os.sched_getscheduler(thread) == os.SCHED_BATCH:
+                _set(os.SCHED_OTHER, thread)
 
 
-def _set(policy: int) -> None:
+def _set(policy: int, thread: int = 0) -> None:
     with contextlib.suppress(PermissionError):  # a container may forbid it; then nothing is lost
-        os.sched_setscheduler(0, policy, os.sched_param(0))
+        os.sched_setscheduler(thread, policy, os.sched_param(0))

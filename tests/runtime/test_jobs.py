@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
+import ray
 import simplejpeg
 
 ROOT = Path(__file__).resolve().parents[2]
+RAYLET = Path(ray.__file__).parent / "core/src/ray/raylet/raylet"
 
 
 def script(name: str, *arguments: str, env=None, cwd=None, code: int = 0) -> str:
@@ -75,6 +81,31 @@ def test_a_folder_of_pictures_becomes_shards_and_a_report(head, tmp_path, pictur
     assert (tmp_path / "runs/mine/report.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@contextlib.contextmanager
+def policies(home: Path) -> Iterator[dict[str, set[int]]]:
+    """Collect the scheduling policies of the threads of the processes with this HOME, by name."""
+    seen: dict[str, set[int]] = {}
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(0.2):
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error, ProcessLookupError):
+                    if process.environ().get("HOME") != str(home):
+                        continue
+                    found = {os.sched_getscheduler(thread.id) for thread in process.threads()}
+                    name = (process.cmdline() or [""])[0]
+                    seen.setdefault(name, set()).update(found)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        yield seen
+    finally:
+        ended.set()
+        looking.join()
+
+
 @pytest.mark.ray
 def test_an_embedded_ray_leaves_the_home_directory_alone(tmp_path):
     """No address, no cluster: the job starts a Ray of its own, with a token of its own."""
@@ -87,12 +118,16 @@ def test_an_embedded_ray_leaves_the_home_directory_alone(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(RECIPE))
     env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"HOME": str(home)}
-    output = script(
-        *("pretrain.py", "--config", str(recipe), "--run.name", "own", "--train.steps", "4"),
-        env=env,
-        cwd=tmp_path,
-    )
+    with policies(home) as seen:
+        output = script(
+            *("pretrain.py", "--config", str(recipe), "--run.name", "own", "--train.steps", "4"),
+            env=env,
+            cwd=tmp_path,
+        )
     assert "step 4/4" in output
+    # Who only waits and tells never takes a CPU from who decodes; who trains does.
+    assert seen[str(RAYLET)] == seen["ray::ReadRange->MapBatches(read)"] == {os.SCHED_BATCH}
+    assert os.SCHED_OTHER in seen["ray::RayTrainWorker"]
     assert stat.S_IMODE((tmp_path / "runs/own/ray-token").stat().st_mode) == 0o600
     assert not (home / ".ray").exists() and not (home / "ray_results").exists()
 

@@ -1,0 +1,68 @@
+"""Which processes wait for their turn: SCHED_BATCH is given, inherited and taken back."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from clip_ray.runtime import cpu_policy
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux's")
+
+
+def policy_of_a_child() -> int:
+    asked = "import os; print(os.sched_getscheduler(0))"
+    return int(subprocess.run([sys.executable, "-c", asked], stdout=-1, check=True).stdout)
+
+
+def test_processes_started_meanwhile_wait_for_their_turn_and_no_others():
+    with cpu_policy.batch():
+        assert policy_of_a_child() == os.SCHED_BATCH
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+    assert policy_of_a_child() == os.SCHED_OTHER
+
+
+def test_the_policy_is_taken_back_after_an_error():
+    with pytest.raises(RuntimeError), cpu_policy.batch():
+        raise RuntimeError
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
+def test_a_worker_is_ordinary_again_with_all_its_threads():
+    found: list[int] = []
+    started, left = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        started.set()
+        left.wait(10)
+        found.append(os.sched_getscheduler(0))
+
+    with cpu_policy.batch():
+        before = threading.Thread(target=wait)  # such as those of the process group
+        before.start()
+        assert started.wait(10) and os.sched_getscheduler(before.native_id) == os.SCHED_BATCH
+        cpu_policy.leave_batch()
+        assert policy_of_a_child() == os.SCHED_OTHER
+        left.set()
+        before.join()
+    assert found == [os.SCHED_OTHER]
+
+
+def test_a_policy_that_somebody_chose_is_left_alone(monkeypatch):
+    monkeypatch.setattr(os, "sched_getscheduler", lambda pid: os.SCHED_RR)
+    monkeypatch.setattr(os, "sched_setscheduler", lambda *given: pytest.fail("changed"))
+    with cpu_policy.batch():
+        cpu_policy.leave_batch()
+
+
+def test_where_it_is_forbidden_all_goes_on(monkeypatch):
+    def forbidden(pid: int, policy: int, parameter: os.sched_param) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setscheduler", forbidden)
+    with cpu_policy.batch():
+        assert os.sched_getscheduler(0) == os.SCHED_OTHER
