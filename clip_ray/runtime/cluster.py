@@ -192,8 +192,10 @@ def _start_local(share: Share, streamed: float, token_dir: Path) -> None:
     temp = ray_temp()
     os.environ["RAY_TMPDIR"] = str(temp)
     cpus = share.num_workers * share.worker_cpus + share.data_cpus
+    # Where GPUs train, workers that have something to launch are to wait for nobody.
+    policy = contextlib.nullcontext() if share.worker_gpus else cpu_policy.batch()
     try:
-        with cpu_policy.batch():
+        with policy:
             ray.init(
                 address="local",
                 num_cpus=max(1, round(cpus + 0.49)),

@@ -25,7 +25,7 @@ from clip_ray.config import Config
 from clip_ray.config.load import dump_config
 from clip_ray.data.blocks import Layout
 from clip_ray.errors import CheckpointError, ConfigError, RegistryError, TrainingError
-from clip_ray.runtime import cpu_policy, preemption
+from clip_ray.runtime import preemption
 from clip_ray.runtime.cluster import Share
 from clip_ray.runtime.data import BatchStream
 from clip_ray.runtime.pulse import HANG_S, Heart
@@ -95,7 +95,6 @@ def run_worker(settings: dict[str, Job]) -> Result:
     job = settings["job"]
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    cpu_policy.leave_batch()
     torch.set_num_threads(job.share.threads)
     device = torch.device("cuda", context.get_local_rank()) if job.share.worker_gpus else None
     if device is not None:

@@ -125,9 +125,10 @@ def test_an_embedded_ray_leaves_the_home_directory_alone(tmp_path):
             cwd=tmp_path,
         )
     assert "step 4/4" in output
-    # Who only waits and tells never takes a CPU from who decodes; who trains does.
-    assert seen[str(RAYLET)] == seen["ray::ReadRange->MapBatches(read)"] == {os.SCHED_BATCH}
-    assert os.SCHED_OTHER in seen["ray::RayTrainWorker"]
+    # Who only waits and tells takes no CPU from who decodes.
+    for name in (str(RAYLET), "ray::ReadRange->MapBatches(read)", "ray::RayTrainWorker"):
+        assert seen[name] == {os.SCHED_BATCH}, name
+    assert os.SCHED_OTHER in seen[sys.executable]  # the driver
     assert stat.S_IMODE((tmp_path / "runs/own/ray-token").stat().st_mode) == 0o600
     assert not (home / ".ray").exists() and not (home / "ray_results").exists()
 

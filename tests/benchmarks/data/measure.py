@@ -16,7 +16,6 @@ import torch
 
 from clip_ray.config import ClusterConfig, Config, TrainConfig
 from clip_ray.data.blocks import BlockReader, read_batches
-from clip_ray.runtime import cpu_policy
 from clip_ray.runtime.cluster import Share, connected
 from clip_ray.runtime.data import BatchStream
 from clip_ray.runtime.recorder import Recorder
@@ -96,7 +95,6 @@ class Consumer:
     """A training worker that does nothing but take its batches."""
 
     def __init__(self) -> None:
-        cpu_policy.leave_batch()
         torch.set_num_threads(1)
 
     def take(
