@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,18 @@ def test_with_a_label_the_run_waits_for_nodes_that_have_it():
 def test_a_local_ray_is_told_what_it_needs():
     found = local_share(ClusterConfig(num_workers=3), wants_gpu=False)
     assert found.worker_cpus == 1 and found.data_cpus >= 1 and found.threads >= 1
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux's")
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_a_local_ray_waits_for_its_turn_unless_gpus_wait_for_it(monkeypatch, tmp_path, gpus):
+    found: list[int] = []
+    monkeypatch.setattr(cluster.ray, "init", lambda **given: found.append(os.sched_getscheduler(0)))
+    for name in ("RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR", "RAY_DATA_METADATA_PREFETCH_ON_THREAD"):
+        monkeypatch.setenv(name, "")  # put back afterwards
+    cluster._start_local(cluster.Share(2, 1, gpus, 2, threads=1), 0.5, tmp_path)
+    assert found == [os.SCHED_OTHER if gpus else os.SCHED_BATCH]
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
 @pytest.fixture
