@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Linux's"
 
 def policy_of_a_child() -> int:
     asked = "import os; print(os.sched_getscheduler(0))"
-    return int(subprocess.run([sys.executable, "-c", asked], stdout=-1, check=True).stdout)
+    return int(subprocess.check_output([sys.executable, "-c", asked]))
 
 
 def test_processes_started_meanwhile_wait_for_their_turn_and_no_others():

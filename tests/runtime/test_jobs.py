@@ -126,8 +126,9 @@ def test_an_embedded_ray_leaves_the_home_directory_alone(tmp_path):
         )
     assert "step 4/4" in output
     # Who only waits and tells takes no CPU from who decodes.
-    for name in (str(RAYLET), "ray::ReadRange->MapBatches(read)", "ray::RayTrainWorker"):
-        assert seen[name] == {os.SCHED_BATCH}, name
+    rays = {name: found for name, found in seen.items() if name.startswith(("ray::", str(RAYLET)))}
+    assert {str(RAYLET), "ray::RayTrainWorker"} <= rays.keys()
+    assert set().union(*rays.values()) == {os.SCHED_BATCH}, rays
     assert os.SCHED_OTHER in seen[sys.executable]  # the driver
     assert stat.S_IMODE((tmp_path / "runs/own/ray-token").stat().st_mode) == 0o600
     assert not (home / ".ray").exists() and not (home / "ray_results").exists()
