@@ -33,6 +33,20 @@ from clip_ray.runtime import cpu_policy
 MIN_WORKER_CPUS = 0.25  # below this a worker and its process threads only fight for the core
 ROOM_S = 5.0  # a placement group that the nodes have room for is there in milliseconds
 STREAM_CPUS = 128  # reading tasks that one stream's coordinator, a single process, keeps busy
+# What the processes of our own Ray find in their environment.
+QUIET_ENVIRONMENT = {
+    # Ray Data's loop, ten times a second, sees a block or a task's end one turn later when a thread
+    # of its own fetches what is told of each block, and a CPU waits as long for its next task.
+    "RAY_DATA_METADATA_PREFETCH_ON_THREAD": "0",
+    # What Ray tells of itself and its tasks goes to a dashboard, and ours has none.
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
+    "RAY_enable_metrics_collection": "0",
+    "RAY_event_stats": "0",
+    "RAY_task_events_report_interval_ms": "0",
+    # It looks for new log files ten times a second, to print in the driver what ours does not.
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
+    "LOG_NAME_UPDATE_INTERVAL_S": "3600",
+}
 _PACKAGES = "working_dir_files"  # folder name of Ray's unpacked working directories
 
 
@@ -184,9 +198,6 @@ def _start_local(share: Share, streamed: float, token_dir: Path) -> None:
     # Ray turns token authentication on by itself for a local start; it warns of that each time.
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    # Ray Data's loop, ten times a second, sees a block or a task's end one turn later when a thread
-    # of its own fetches what is told of each block, and a CPU waits as long for its next task.
-    os.environ.setdefault("RAY_DATA_METADATA_PREFETCH_ON_THREAD", "0")
     # A temp directory of our own: in Ray's, the address file of a killed Ray makes each shutdown
     # wait 12 s for a head that is gone. Short, because socket paths end at 107 characters.
     temp = ray_temp()
@@ -195,7 +206,7 @@ def _start_local(share: Share, streamed: float, token_dir: Path) -> None:
     # Where GPUs train, workers that have something to launch are to wait for nobody.
     policy = contextlib.nullcontext() if share.worker_gpus else cpu_policy.batch()
     try:
-        with policy:
+        with policy, _inherited(QUIET_ENVIRONMENT):
             ray.init(
                 address="local",
                 num_cpus=max(1, round(cpus + 0.49)),
@@ -208,6 +219,18 @@ def _start_local(share: Share, streamed: float, token_dir: Path) -> None:
             )
     except Exception as error:  # Ray raises many kinds here
         raise ClusterError(f"a local Ray could not be started: {error}") from error
+
+
+@contextlib.contextmanager
+def _inherited(environment: dict[str, str]) -> Iterator[None]:
+    """Set what is not set yet in the environment of the processes that are started meanwhile."""
+    added = environment.keys() - os.environ.keys()
+    os.environ.update({name: environment[name] for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def _connect(address: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -138,11 +139,33 @@ def test_a_local_ray_is_told_what_it_needs():
 def test_a_local_ray_waits_for_its_turn_unless_gpus_wait_for_it(monkeypatch, tmp_path, gpus):
     found: list[int] = []
     monkeypatch.setattr(cluster.ray, "init", lambda **given: found.append(os.sched_getscheduler(0)))
-    for name in ("RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR", "RAY_DATA_METADATA_PREFETCH_ON_THREAD"):
+    for name in ("RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR"):
         monkeypatch.setenv(name, "")  # put back afterwards
     cluster._start_local(cluster.Share(2, 1, gpus, 2, threads=1), 0.5, tmp_path)
     assert found == [os.SCHED_OTHER if gpus else os.SCHED_BATCH]
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
+def test_a_local_ray_inherits_what_makes_it_quiet_and_the_driver_keeps_nothing_of_it(
+    monkeypatch, tmp_path
+):
+    for name in ("RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR", *cluster.QUIET_ENVIRONMENT):
+        monkeypatch.setenv(name, "")  # put back afterwards
+    chosen, *others = cluster.QUIET_ENVIRONMENT
+    for name in others:
+        monkeypatch.delenv(name)
+    inherited: dict[str, str] = {}
+
+    def init(**given: Any) -> None:
+        inherited.update(os.environ)
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(cluster.ray, "init", init)
+    with pytest.raises(ClusterError, match="no room"):
+        cluster._start_local(cluster.Share(2, 1, 0, 2, threads=1), 0.5, tmp_path)
+    wanted = cluster.QUIET_ENVIRONMENT | {chosen: ""}  # what the user set stays
+    assert {name: inherited[name] for name in wanted} == wanted
+    assert os.environ[chosen] == "" and not set(others) & os.environ.keys()
 
 
 @pytest.fixture
