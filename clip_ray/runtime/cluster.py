@@ -34,7 +34,7 @@ MIN_WORKER_CPUS = 0.25  # below this a worker and its process threads only fight
 ROOM_S = 5.0  # a placement group that the nodes have room for is there in milliseconds
 STREAM_CPUS = 128  # reading tasks that one stream's coordinator, a single process, keeps busy
 # What the processes of our own Ray find in their environment.
-QUIET_ENVIRONMENT = {
+LOCAL_ENVIRONMENT = {
     # Ray Data's loop, ten times a second, sees a block or a task's end one turn later when a thread
     # of its own fetches what is told of each block, and a CPU waits as long for its next task.
     "RAY_DATA_METADATA_PREFETCH_ON_THREAD": "0",
@@ -45,7 +45,7 @@ QUIET_ENVIRONMENT = {
     "RAY_enable_metrics_collection": "0",
     "RAY_event_stats": "0",
     "RAY_task_events_report_interval_ms": "0",
-    # It looks for new log files ten times a second, to print in the driver what ours does not.
+    # Its log monitor looks for new files ten times a second, to print in drivers; ours does not.
     "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
     "LOG_NAME_UPDATE_INTERVAL_S": "3600",
 }
@@ -208,7 +208,7 @@ def _start_local(share: Share, streamed: float, token_dir: Path) -> None:
     # Where GPUs train, workers that have something to launch are to wait for nobody.
     policy = contextlib.nullcontext() if share.worker_gpus else cpu_policy.batch()
     try:
-        with policy, _inherited(QUIET_ENVIRONMENT):
+        with policy, _inherited(LOCAL_ENVIRONMENT):
             ray.init(
                 address="local",
                 num_cpus=max(1, round(cpus + 0.49)),

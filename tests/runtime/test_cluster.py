@@ -146,12 +146,10 @@ def test_a_local_ray_waits_for_its_turn_unless_gpus_wait_for_it(monkeypatch, tmp
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
-def test_a_local_ray_inherits_what_makes_it_quiet_and_the_driver_keeps_nothing_of_it(
-    monkeypatch, tmp_path
-):
-    for name in ("RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR", *cluster.QUIET_ENVIRONMENT):
+def test_a_local_ray_inherits_its_settings_and_the_driver_keeps_none_of_them(monkeypatch, tmp_path):
+    for name in ("RAY_AUTH_TOKEN_PATH", "RAY_TMPDIR", *cluster.LOCAL_ENVIRONMENT):
         monkeypatch.setenv(name, "")  # put back afterwards
-    chosen, *others = cluster.QUIET_ENVIRONMENT
+    chosen, *others = cluster.LOCAL_ENVIRONMENT
     for name in others:
         monkeypatch.delenv(name)
     inherited: dict[str, str] = {}
@@ -163,7 +161,7 @@ def test_a_local_ray_inherits_what_makes_it_quiet_and_the_driver_keeps_nothing_o
     monkeypatch.setattr(cluster.ray, "init", init)
     with pytest.raises(ClusterError, match="no room"):
         cluster._start_local(cluster.Share(2, 1, 0, 2, threads=1), 0.5, tmp_path)
-    wanted = cluster.QUIET_ENVIRONMENT | {chosen: ""}  # what the user set stays
+    wanted = cluster.LOCAL_ENVIRONMENT | {chosen: ""}  # what the user set stays
     assert {name: inherited[name] for name in wanted} == wanted
     assert os.environ[chosen] == "" and not set(others) & os.environ.keys()
 

@@ -39,7 +39,10 @@ def test_processes_started_meanwhile_wait_for_their_turn_and_no_others():
     assert policy_of_a_child() == os.SCHED_OTHER
 
 
-@pytest.mark.skipif(platform.machine() not in cpu_policy._SCHED_SETATTR, reason="another kind")
+@pytest.mark.skipif(
+    platform.machine() not in cpu_policy._SCHED_SETATTR,
+    reason="its number of the system call is not known",
+)
 def test_turns_are_long_meanwhile_and_no_longer():
     before = turn_of_a_child()
     assert before < 1e9 * cpu_policy.SLICE_S
