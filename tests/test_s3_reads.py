@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from clip_ray.config import S3Options
+from clip_ray.errors import StorageError
 from clip_ray.storage import S3Store, expand, open_store, s3_reads
 from tests.s3_proxy import Faults, Proxy, s3_proxy
 
@@ -83,7 +84,6 @@ def test_each_read_outlives_each_fault(fault: str, proxy: Proxy, tmp_path: Path)
 def test_a_store_that_is_down_is_given_up_in_time(
     proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The first attempt alone may take a second, where the machine is busy.
     store = through(proxy, tmp_path, timeout_s=0.3, retry_s=4)
     store.write("x", b"123")
     attempts = []
@@ -105,6 +105,32 @@ def test_a_store_that_is_down_is_given_up_in_time(
     nobody = S3Options(endpoint=proxy.endpoint.replace(port, "1"), timeout_s=0.3, retry_s=0.5)
     with pytest.raises(OSError, match=r"the last time: .*Check the network and s3.endpoint"):
         open_store("s3://bucket/x", nobody).info("x")
+
+
+def test_no_request_pays_for_the_making_of_a_client(
+    proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Other options than those of other tests: fsspec would give their client.
+    store = through(proxy, tmp_path, timeout_s=0.7, retry_s=0)
+    make, made = store.client.set_session, []
+
+    async def slowly(*args: Any) -> Any:
+        if not made:
+            time.sleep(1)  # not the loop's: it is the CPU that is busy
+            made.append(True)
+        return await make(*args)
+
+    monkeypatch.setattr(store.client, "set_session", slowly)
+    store.write("x", b"123")
+    assert made and store.read("x") == b"123"
+
+    async def never(*args: Any) -> None:
+        await asyncio.sleep(30)
+
+    monkeypatch.setattr(store.client, "set_session", never)
+    monkeypatch.setattr(s3_reads, "_CLIENT_S", 0.1)
+    with pytest.raises(StorageError, match=r"x: no client of S3 was made within 0.1 s; .*hang"):
+        store.read("x")
 
 
 def test_what_will_not_pass_is_not_tried_again(proxy: Proxy, tmp_path: Path) -> None:

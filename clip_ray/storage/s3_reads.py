@@ -30,6 +30,7 @@ from clip_ray.errors import StorageError
 PART = 32 << 20  # bytes of one request, at most: its time has a bound, so its size needs one
 _PARTS = 4  # parts of one file on their way at a time
 _BACKOFF_S = (0.2, 20.0)  # the first pause, doubled each time, and the longest
+_CLIENT_S = 60.0  # to make a client: it loads descriptions of the API and asks for credentials
 _SEEN = 1000  # GETs whose times are remembered
 _FEW = 10  # GETs that tell nothing of the next
 _ENOUGH = 100  # GETs that a 99th percentile wants
@@ -238,11 +239,23 @@ class Reader(s3fs.S3FileSystem):
             for task in tasks:
                 task.cancel()
 
+    async def _connected(self, what: str) -> None:
+        """Have the client made: on a busy machine that takes seconds, none of them a request's."""
+        try:
+            async with asyncio.timeout(_CLIENT_S):
+                await self.set_session()
+        except TimeoutError as error:
+            raise StorageError(
+                f"{what}: no client of S3 was made within {_CLIENT_S:g} s; does what gives the "
+                "credentials hang?"
+            ) from error
+
     async def _persist(
         self, what: str, request: Callable[[], Awaitable[Any]], scale: float = 1.0
     ) -> Any:
         """Repeat a request until it succeeds, fails for good, or its time is up."""
         timeout_s = scale * self._timeout_s
+        await self._connected(what)
         begin = time.monotonic()
         pause, longest = _BACKOFF_S
         for number in itertools.count(1):
