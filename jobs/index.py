@@ -35,6 +35,9 @@ def main(argv: list[str]) -> int:
     except ClipRayError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -1,32 +1,43 @@
-"""Indexing shards with Ray tasks, one a shard.
+"""Indexing shards with Ray Data.
 
-Not with Ray Data, which the data path uses: here a result is wanted the moment a shard is done,
-in any order, because an index that is killed goes on from what it has recorded; a task that is
-lost is one shard again; a user's error comes as itself; and that nothing was finished for ten
-minutes is seen. Ray Data hands results out by blocks, so that all this would take a block a shard
-all the same, and an executor between.
+Shards are dealt to tasks some at a time; a task hands on what it has found every second and at its
+end, in no order, so that an index that is killed goes on from what it has recorded, and the bar
+moves. A shard takes from a millisecond (local) to minutes (a tar on S3 that is read whole).
+
+A few small shards are indexed where they are asked for: sooner than a task begins.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+import logging
+import pickle
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import pyarrow as pa
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 from clip_ray.config import DataConfig
 from clip_ray.data.earlier import BESIDE, Earlier, folder_of, read_earlier
+from clip_ray.data.indexing import Job
 from clip_ray.data.manifest import Manifest, build_manifest
 from clip_ray.data.manifest_file import save_manifest
 from clip_ray.errors import ClipRayError, ClusterError, ConfigError
 from clip_ray.storage import Store, open_store
 
 STALL_S = 600.0
-IN_FLIGHT_PER_CPU = 4
+EVERY_S = 1.0  # between two results of a task
+TASK_SHARDS = 256  # of one task, at most
+TASKS_PER_CPU = 16  # at least, where the shards suffice
+FEW, FEW_BYTES = 32, 64 << 20  # shards that are indexed before a task would begin, and their size
+ATTEMPTS = 3  # of an execution whose own process is lost
 SILENT_BELOW = 8  # shards that are indexed before a bar could be read
 _SHOWN = 5  # shards named in one line
+Numbered = tuple[int, Any]
 
 
 def index_data(
@@ -45,7 +56,8 @@ def index_data(
 
     Raises:
         DataError: see `data.manifest.build_manifest`.
-        ClusterError: no shard was finished for ten minutes.
+        ClusterError: no shard was finished for ten minutes, or what deals them to tasks was lost
+            three times.
     """
     earlier = read_earlier(store, data, say)
     with _Bar() as bar:
@@ -120,35 +132,115 @@ class _Bar:
         self._bar.update(done - self._bar.n)
 
 
+def _over_the_cluster(function: Callable[[Any], Any], jobs: list[Job]) -> Iterable[Any]:
+    if len(jobs) < FEW and sum(job.file.size for job in jobs) <= FEW_BYTES:
+        return map(function, jobs)
+    return _over_tasks(function, jobs)
+
+
+def _over_tasks(function: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
+    """Yield the results of jobs in any order; tasks of Ray Data make them."""
+    left = dict(enumerate(jobs))
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            for number, result in _execution(function, list(left.items())):
+                del left[number]
+                yield result
+            return
+        except ray.exceptions.WorkerCrashedError as error:
+            if attempt == ATTEMPTS:
+                raise ClusterError(
+                    f"the process that deals shards to tasks was lost {attempt} times; is this "
+                    "node out of memory? The same command goes on from here"
+                ) from error
+
+
+def _execution(function: Callable[[Any], Any], jobs: list[Numbered]) -> Iterator[Numbered]:
+    """Yield the results of numbered jobs, until its process is lost."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    cpus = max(int(ray.cluster_resources().get("CPU", 1)), 1)
+    each = min(max(len(jobs) // (TASKS_PER_CPU * cpus), 1), TASK_SHARDS)
+    chunks = [pickle.dumps(jobs[at : at + each]) for at in range(0, len(jobs), each)]
+    # Put once: it holds the lists of keys, which may be long. In a list, or Ray would unpack it.
+    reference = ray.put(function)
+    results: Any = _execute.options(scheduling_strategy=here).remote([reference], chunks)
+    try:
+        while ray.wait([results], timeout=STALL_S)[0]:
+            try:
+                some = ray.get(next(results))
+            except StopIteration:
+                return
+            for number, result in pickle.loads(some):
+                if isinstance(result, ClipRayError):
+                    raise result
+                yield number, result
+        raise ClusterError(
+            f"no shard was indexed within {STALL_S:g} s; is the cluster full, or the storage down?"
+        )
+    finally:
+        ray.cancel(results)
+
+
+@ray.remote(num_cpus=0, max_retries=0)  # once more, it would yield in another order
+def _execute(boxed: list[ray.ObjectRef], chunks: list[bytes]) -> Iterator[bytes]:
+    """Run an execution of Ray Data; yield pickled lists of results, as they come.
+
+    A process of its own: an execution in the driver could neither be waited for with a bound nor
+    ended.
+    """
+    import ray.data
+
+    def run(batch: pa.Table) -> Iterator[pa.Table]:
+        for chunk in batch["item"].to_pylist():
+            for results in run_some(boxed[0], pickle.loads(chunk)):
+                yield pa.table({"results": [pickle.dumps(results)]})
+
+    with ray.data.DataContext.current(_context()):
+        dataset = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map_batches(
+            run, batch_size=None, batch_format="pyarrow", num_cpus=1
+        )
+    for row in dataset.iter_rows():
+        yield row["results"]
+
+
+def _context() -> ray.data.DataContext:
+    """Return the settings of an execution that is silent: the bar is ours."""
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # A shard may take minutes, which is no issue; what a task uses is not looked at.
+    context.issue_detectors_config.detectors = []
+    context.memory_usage_poll_interval_s = None
+    context.target_max_block_size = 1  # what a task yields is handed on as it comes
+    return context
+
+
+def run_some(reference: ray.ObjectRef, jobs: Sequence[Numbered]) -> Iterator[list[Numbered]]:
+    """Yield results, those of a second together; called in tasks.
+
+    A user's error (no credentials, no such bucket) is a result, and the last: raised, it would come
+    with a remote traceback.
+    """
+    function, begun = _function(reference), time.monotonic()
+    done: list[Numbered] = []
+    for number, job in jobs:
+        try:
+            done.append((number, function(job)))
+        except ClipRayError as error:
+            yield [*done, (number, error)]
+            return
+        if time.monotonic() - begun >= EVERY_S:
+            yield done
+            done, begun = [], time.monotonic()
+    if done:
+        yield done
+
+
 @functools.lru_cache(maxsize=2)
 def _function(reference: ray.ObjectRef) -> Callable[[Any], Any]:
-    """Fetch the function once per process: it holds the lists of keys, which may be long."""
+    """Fetch the function once per process."""
     function: Callable[[Any], Any] = ray.get(reference)
     return function
-
-
-@ray.remote(num_cpus=1)
-def _run(boxed: list[ray.ObjectRef], job: Any) -> Any:
-    return _function(boxed[0])(job)
-
-
-def _over_the_cluster(function: Callable[[Any], Any], jobs: list[Any]) -> Iterable[Any]:
-    limit = IN_FLIGHT_PER_CPU * max(int(ray.cluster_resources().get("CPU", 1)), 1)
-    reference = ray.put(function)
-    todo = jobs[::-1]
-    running: list[ray.ObjectRef] = []
-    while todo or running:
-        while todo and len(running) < limit:
-            # In a list: Ray would unpack a bare reference for each task.
-            running.append(_run.remote([reference], todo.pop()))
-        ready, running = ray.wait(running, timeout=STALL_S)
-        if not ready:
-            raise ClusterError(
-                f"no shard was indexed within {STALL_S:g} s; is the cluster full, or the "
-                "storage down?"
-            )
-        try:
-            yield from ray.get(ready)
-        except ray.exceptions.RayTaskError as error:
-            # A user's error (no credentials, no such bucket) needs no remote traceback.
-            raise error.cause if isinstance(error.cause, ClipRayError) else error from None

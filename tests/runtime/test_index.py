@@ -33,13 +33,7 @@ def config(folder: Path, **options: object) -> DataConfig:
     return DataConfig(sources=(SourceConfig(path=str(folder)),), **{"holdout": 0.0, **options})
 
 
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Index in this process."""
-    monkeypatch.setattr(index, "_over_the_cluster", map)
-
-
-def test_the_bar_and_the_line_count_what_was_kept(here, tmp_path, capsys):
+def test_the_bar_and_the_line_count_what_was_kept(tmp_path, capsys):
     shards(tmp_path / "set", range(9))
     store, said = LocalStore(tmp_path / "run"), []
     first = index_data(config(tmp_path / "set"), store, said.append)
@@ -56,7 +50,24 @@ def test_the_bar_and_the_line_count_what_was_kept(here, tmp_path, capsys):
     assert said[2].endswith("; 20 shards kept from an earlier index, 1 scanned")
 
 
-def test_shards_of_the_same_keys_are_named(here, tmp_path):
+def test_a_few_small_shards_need_no_tasks(tmp_path, monkeypatch):
+    shards(tmp_path / "set", range(4))
+    dealt = []
+    monkeypatch.setattr(
+        index, "_over_tasks", lambda f, jobs: dealt.append(len(jobs)) or map(f, jobs)
+    )
+    data = config(tmp_path / "set")
+
+    size = sum(file.stat().st_size for file in (tmp_path / "set").iterdir())
+    for few, most, expected in ((5, size, []), (4, size, [4]), (5, size - 1, [4])):
+        monkeypatch.setattr(index, "FEW", few)
+        monkeypatch.setattr(index, "FEW_BYTES", most)
+        dealt.clear()
+        index_data(data, LocalStore(tmp_path / f"{few}-{most}"), str)
+        assert dealt == expected
+
+
+def test_shards_of_the_same_keys_are_named(tmp_path):
     shards(tmp_path / "set", range(3))
     shutil.copy(tmp_path / "set/00000.tar", tmp_path / "set/copy.tar")
     said = []
@@ -84,7 +95,7 @@ def test_another_run_scans_new_shards_alone(head, tmp_path):
     data = config(tmp_path / "set", holdout=0.1)
     shards(tmp_path / "set", range(3))
     write_beside(data, build_manifest(data))
-    shards(tmp_path / "set", range(3, 12))
+    shards(tmp_path / "set", range(3, 3 + index.FEW))
     done = subprocess.run(
         [sys.executable, str(ROOT / "jobs/index.py"), "--run.name", "new", "--beside"]
         + ["--data.sources", str(tmp_path / "set"), "--data.holdout", "0.1"],
@@ -95,10 +106,87 @@ def test_another_run_scans_new_shards_alone(head, tmp_path):
         timeout=200,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 shards kept from an earlier index, 9 scanned" in done.stdout
+    assert f"3 shards kept from an earlier index, {index.FEW} scanned" in done.stdout
     assert f"beside the data: {tmp_path}/set/{BESIDE}" in done.stdout
-    assert "12/12" in done.stderr
+    assert f"{3 + index.FEW}/{3 + index.FEW}" in done.stderr
+    assert "Dataset" not in done.stderr
     written = (tmp_path / "runs/new/manifest.parquet").read_bytes()
     assert written == (tmp_path / "set" / BESIDE).read_bytes()
     assert written == to_bytes(build_manifest(data))
     assert not (tmp_path / "runs/new/index").exists()
+
+
+OVER_TASKS = """
+import time
+
+import psutil
+import ray
+
+from clip_ray.errors import ClipRayError
+from clip_ray.runtime import index
+
+
+def double(job):
+    if isinstance(job, Exception):
+        raise job
+    time.sleep(60 if job is None else 0.01)
+    return 2 * job
+
+
+def kill_the_execution():
+    for process in psutil.process_iter():
+        if process.cmdline()[:1] in (["ray::_execute"], ["ray::_execute()"]):
+            process.kill()
+            return
+    raise SystemExit("there is none: " + str([p.cmdline()[:1] for p in psutil.process_iter()]))
+
+
+def outcome(jobs):
+    begun = time.monotonic()
+    try:
+        list(index._over_tasks(double, jobs))
+    except Exception as error:
+        said = "a slip" if "ValueError: a slip" in str(error) else str(error)
+        print(type(error).__name__, said, time.monotonic() - begun < 30, sep="; ")
+
+
+ray.init(log_to_driver=False)
+index.EVERY_S = 0.0
+results = index._over_tasks(double, list(range(500)))
+found = [next(results)]
+kill_the_execution()
+found += results
+print(sorted(found) == list(range(0, 1000, 2)))
+outcome([1, ClipRayError("no credentials")])
+outcome([1, ValueError("a slip")])
+index.ATTEMPTS = 1
+results = index._over_tasks(double, list(range(500)))
+print(next(results) % 2)
+kill_the_execution()
+try:
+    list(results)
+except Exception as error:
+    print(type(error).__name__, error, sep="; ")
+index.STALL_S = 5.0
+outcome([1, None])
+"""
+
+
+@pytest.mark.ray
+def test_each_result_comes_once_and_an_error_as_what_it_is(head, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", OVER_TASKS],
+        env=head.env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if "(raylet)" not in line]
+    once, users, ours, begun, lost, stalled = lines
+    assert (once, begun) == ("True", "0")
+    assert users == "ClipRayError; no credentials; True"
+    assert ours == "RayTaskError(ValueError); a slip; True"
+    assert lost.startswith("ClusterError; the process that deals shards to tasks was lost 1 times")
+    assert stalled.startswith("ClusterError; no shard was indexed within 5 s") and "True" in stalled
