@@ -138,6 +138,19 @@ def test_long_and_foreign_names(tmp_path: Path, format: int) -> None:
         assert (sample.key, sample.image) == (names[i], jpeg(i))
 
 
+@pytest.mark.parametrize("fill", [0x00, 0x41, 0xFF])
+def test_a_header_whose_sum_is_off_by_one_is_none(fill: int) -> None:
+    header = bytearray([fill]) * tars.BLOCK
+    header[124:136] = b"00000001750\0"
+    header[148:156] = b" " * 8  # as the sum is defined
+    for error in (-1, 1):
+        wrong = b"%07o\0" % (sum(header) + error)
+        with pytest.raises(tars.DamageError, match="no header at byte 7"):
+            tars._check(bytes(header[:148] + wrong + header[156:]), 7)
+    right = b"%07o\0" % sum(header)
+    assert tars._check(bytes(header[:148] + right + header[156:]), 7)[1] == 1000
+
+
 def test_a_global_pax_header_is_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "x"}) as tar:
