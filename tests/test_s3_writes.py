@@ -105,6 +105,7 @@ def test_a_store_that_never_answers_is_given_up_in_time(tmp_path: Path) -> None:
         port = silent.getsockname()[1]
         options = S3Options(endpoint=f"http://127.0.0.1:{port}", timeout_s=0.5, retry_s=2)
         store = S3Store(f"s3://bucket/{tmp_path.name}", options)
+        store.client.connect()  # its making has a bound of its own
         with ThreadPoolExecutor(len(writes)) as pool:
             took = dict(zip(writes, pool.map(seconds, writes.values()), strict=True))
     # s3fs's own loops take half an hour for this.

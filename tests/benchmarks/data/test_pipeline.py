@@ -132,7 +132,7 @@ def test_reading_from_s3(pipeline, aside, s3, tmp_path: Path):
         "local": build_reader(str(folder)),
         "s3": build_reader("s3://bucket/bench/*.tar", s3),
     }
-    steps = range(WINDOW, 2 * WINDOW)
+    steps = range(WINDOW, 4 * WINDOW)
     counted = range(AROUND, AROUND + size.steps)
 
     def bare_ms(name: str) -> float:
