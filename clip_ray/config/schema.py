@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from clip_ray.config import zoo
+from clip_ray.config.conditions import parse_condition
 
 
 class Section(BaseModel):
@@ -191,6 +192,16 @@ class SourceConfig(Section):
         description="tar suffix, json:KEY or Parquet column of the caption; none = the usual names",
     )
     select: str | None = Field(None, description="file of sample keys to take, one a line")
+    where: tuple[str, ...] = Field(
+        (), description='conditions on Parquet columns that all hold, as "similarity >= 0.3"'
+    )
+
+    @field_validator("where")
+    @classmethod
+    def _conditions(cls, where: tuple[str, ...]) -> tuple[str, ...]:
+        for text in where:
+            parse_condition(text)
+        return where
 
 
 class DataConfig(Section):

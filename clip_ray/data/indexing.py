@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from clip_ray.config.conditions import parse_condition
 from clip_ray.config.schema import DataConfig, S3Options, SourceConfig
 from clip_ray.data.details import Lists
 from clip_ray.data.shards import IndexOptions, ShardIndex, identity, index_shard
@@ -179,7 +180,7 @@ def find_jobs(
     jobs: list[Job] = []
     for number, source in enumerate(data.sources):
         select = _read_keys(source.select, data.s3, f"data.sources[{number}].select")
-        selects.append(_keys_digest(select))
+        selects.append(_choice_digest(select, source.where))
         kept_out = IndexOptions(data.holdout, select, exclude or frozenset(), apart)
         rules = [RULES, source.image, source.caption, *options.values(), selects[-1]]
         settings = hashlib.sha256(json.dumps(rules).encode()).hexdigest()
@@ -237,6 +238,14 @@ def _read_keys(path: str | None, s3: S3Options, option: str) -> frozenset[str] |
     except UnicodeDecodeError as error:
         raise DataError(f"{option}: {path} is no UTF-8 text; expected one key a line") from error
     return frozenset(key for line in text.split("\n") if (key := line.rstrip("\r")))
+
+
+def _choice_digest(select: frozenset[str] | None, where: tuple[str, ...]) -> str | None:
+    """Return a digest of what a source's samples are chosen by; none = all are."""
+    keys = _keys_digest(select)
+    if not where:
+        return keys
+    return hashlib.sha256(json.dumps([keys, *map(parse_condition, where)]).encode()).hexdigest()
 
 
 def _keys_digest(keys: frozenset[str] | None) -> str | None:

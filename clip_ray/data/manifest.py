@@ -77,7 +77,7 @@ class Manifest:
         sources: path of each source, as configured.
         skipped: per source, what was left out, by reason.
         invalid_utf8: per source, valid samples whose caption is no valid UTF-8.
-        options: what decided `held`: holdout, and digests of the select and exclude lists.
+        options: what decided `held`: holdout, and digests of select (with where) and exclude.
         keys: (n,) uint64, digest of each shard's keys; zeros in a manifest of format 1.
         evidence: what a later index can use; none in a manifest of format 1.
         written_as: the digest under which an older format was written: it names its runs' data.
@@ -432,5 +432,5 @@ def _nothing_to_train_on(
     return (
         f"data.sources[{number}] {row['path']}: no sample to train on in {len(mine)} shards "
         f"({'; '.join(parts)}); check data.sources[].image and .caption, data.holdout, "
-        "select and exclude"
+        "select, where and exclude"
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from clip_ray.config.conditions import Condition, parse_condition
 from clip_ray.config.schema import SourceConfig
 from clip_ray.data.quarantine import BadSample
 from clip_ray.data.samples import Ints, Sample, Scan, caption_of, skip
@@ -30,6 +31,14 @@ CAPTION_COLUMNS = ("txt", "caption", "text")
 KEY_COLUMNS = ("key", "__key__")
 
 
+_COMPARE = {
+    "<": pc.less,
+    "<=": pc.less_equal,
+    ">": pc.greater,
+    ">=": pc.greater_equal,
+    "==": pc.equal,
+    "!=": pc.not_equal,
+}
 _FOOTERS = 32  # of different files, kept by a process
 _FOOTER_BYTES = 1 << 20  # of one of them; in memory it takes some times as much
 _SPAN_BYTES = 32 << 20  # held in memory at a time, but for a column that is larger by itself
@@ -156,6 +165,8 @@ def find_columns(path: str, schema: pa.Schema, source: SourceConfig) -> Columns:
             f"shard {path}: column {image!r} is {kind}, expected the bytes of image files "
             "(binary, or a struct with a field 'bytes'); name another with data.sources[].image"
         )
+    for text in source.where:
+        _choose(path, schema, parse_condition(text).column, (), "where")
     key = next((name for name in KEY_COLUMNS if name in schema.names), None)
     return Columns(image, caption, key)
 
@@ -187,7 +198,7 @@ def scan_parquet(path: str, store: Store, name: str, size: int, source: SourceCo
             starts = [0]
             for group in range(file.num_row_groups):
                 rows = file.metadata.row_group(group).num_rows
-                skipped_rows += _scan_group(file, group, starts[-1], columns, path, scan)
+                skipped_rows += _scan_group(file, group, starts[-1], columns, source, path, scan)
                 starts.append(starts[-1] + rows)
     except DamageError as error:
         raise DataError(
@@ -199,11 +210,19 @@ def scan_parquet(path: str, store: Store, name: str, size: int, source: SourceCo
 
 
 def _scan_group(
-    file: pq.ParquetFile, group: int, first: int, columns: Columns, path: str, scan: Scan
+    file: pq.ParquetFile,
+    group: int,
+    first: int,
+    columns: Columns,
+    source: SourceConfig,
+    path: str,
+    scan: Scan,
 ) -> list[int]:
     rows = file.metadata.row_group(group).num_rows
-    names = [columns.caption, *([columns.key] if columns.key else [])]
-    table = file.read_row_group(group, columns=names)
+    conditions = [parse_condition(text) for text in source.where]
+    names = {columns.caption, columns.key or columns.caption, *(c.column for c in conditions)}
+    table = file.read_row_group(group, columns=sorted(names))
+    chosen = _chosen(table, conditions, path)
     captions = _values(table, columns.caption)
     no_image = _null_images(file, group, columns.image)
     keys = _keys(table, columns, path, np.arange(first, first + rows))
@@ -215,6 +234,8 @@ def _scan_group(
             scan.skipped[reason] += 1
             bad.append(first + row)
         else:
+            if not chosen[row]:
+                scan.not_chosen.append(len(scan.keys))
             scan.keys.append(keys[row])
             scan.saw(keys[row] if columns.key else "", *caption.texts)
             scan.invalid_utf8 += caption.replaced_utf8
@@ -223,6 +244,24 @@ def _scan_group(
         if meta.column(number).path_in_schema == columns.image:
             scan.saw(meta.column(number).total_compressed_size)
     return bad
+
+
+def _chosen(
+    table: pa.Table, conditions: Sequence[Condition], path: str
+) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Tell for which rows all conditions hold; for a null, none does."""
+    chosen = np.ones(table.num_rows, dtype=bool)
+    for column, operator, value in conditions:
+        values = table[column]
+        try:
+            holds = _COMPARE[operator](values, pa.scalar(value))
+        except pa.ArrowException as error:
+            raise DataError(
+                f"shard {path}: column {column!r} is {values.type}, which cannot be compared with "
+                f"{value!r}; see data.sources[].where"
+            ) from error
+        chosen &= holds.fill_null(False).to_numpy()
+    return chosen
 
 
 def _null_images(file: pq.ParquetFile, group: int, column: str) -> np.ndarray[Any, Any]:

@@ -39,6 +39,7 @@ class Wanted:
         image: column or suffix of the images; none = the usual names.
         caption: column or suffix of the captions; none = the usual names.
         select: with shards: file of the keys to take.
+        where: with shards: conditions on columns that all hold.
         exclude: with shards: file of the keys to leave out.
     """
 
@@ -48,6 +49,7 @@ class Wanted:
     caption: str | None = None
     select: str | None = None
     exclude: str | None = None
+    where: tuple[str, ...] = ()
 
 
 def make_shards(wanted: Wanted, out: str, options: PrepareOptions, s3: S3Options) -> Prepared:
@@ -62,8 +64,13 @@ def make_shards(wanted: Wanted, out: str, options: PrepareOptions, s3: S3Options
         if wanted.source:
             options = replace(options, image=image, caption=caption)
             return prepare(wanted.source, out, options, s3, progress)
-        path, select = wanted.shards or "", wanted.select
-        shards = SourceConfig(path=path, image=image, caption=caption, select=select)
+        shards = SourceConfig(
+            path=wanted.shards or "",
+            image=image,
+            caption=caption,
+            select=wanted.select,
+            where=wanted.where,
+        )
         return rewrite(shards, wanted.exclude, out, options, s3, progress)
 
 
@@ -75,14 +82,14 @@ def rewrite(
     s3: S3Options | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Prepared:
-    """Pack the samples of shards that `select` and `exclude` leave into shards of their own.
+    """Pack the samples that `select`, `where` and `exclude` leave into shards of their own.
 
     Keys stay, and with them what is held out; a dot in one (Parquet) is written as %2E, since a
     tar's key ends there. Several captions of an image stay, other columns and members do not. Of
     samples of one key in a tar whose samples lie apart, the first is taken.
 
     Args:
-        source: the shards, and the file of keys to take.
+        source: the shards, and which of their samples to take.
         exclude: file of keys to leave out.
         out: directory of the shards, local or on s3://; finished shards there are kept.
         options: sizes; columns are named by the source.
@@ -118,7 +125,7 @@ def rewrite(
 
 
 def sparse_sources(manifest: Manifest) -> list[str]:
-    """Return a line for each source of which `select` and `exclude` leave less than half.
+    """Return a line for each source of which `select`, `where` and `exclude` leave less than half.
 
     A read fetches the neighbours of a sample along with it: below half, more than twice the bytes
     of what is trained on.
@@ -128,10 +135,10 @@ def sparse_sources(manifest: Manifest) -> list[str]:
         kept = row["train"] + row["holdout"]
         if 2 * kept < row["samples"]:
             lines.append(
-                f"data.sources[{number}] {row['path']}: select and exclude leave {kept:,} of "
+                f"data.sources[{number}] {row['path']}: its lists and conditions leave {kept:,} of "
                 f"{row['samples']:,} samples; reading fetches {row['samples'] / kept:.1f} times "
                 "their bytes; rewrite them once with jobs/prepare.py --shards ... --select ... "
-                "--exclude ..., and train on what it makes"
+                "--where ... --exclude ..., and train on what it makes"
             )
     return lines
 

@@ -78,6 +78,7 @@ class Scan:
         invalid_utf8: number of valid samples whose caption is no valid UTF-8.
         truncated: where the shard breaks off; empty where it does not.
         unknown_suffixes: members whose suffix is none of the source's, counted.
+        not_chosen: ordinals of the valid samples for which the source's conditions do not hold.
         content: a running hash of what the pass saw of the valid samples; see `saw`.
     """
 
@@ -88,6 +89,7 @@ class Scan:
     invalid_utf8: int = 0
     truncated: str = ""
     unknown_suffixes: Counter[str] = field(default_factory=Counter)
+    not_chosen: list[int] = field(default_factory=list)
     content: hashlib.blake2b = field(default_factory=lambda: hashlib.blake2b(digest_size=8))
 
     def saw(self, *parts: str | bytes | int) -> None:

@@ -136,6 +136,11 @@ def index_shard(
     if file.size == 0:
         scan = Scan()
         scan.skipped["zero-byte-shard"] = 1
+    elif kind == TAR and source.where:
+        raise DataError(
+            f"shard {file.path}: a tar has no columns for data.sources[].where; list the keys of "
+            "what is wanted in a file, and name it in select"
+        )
     elif kind == PARQUET:
         scan = scan_parquet(file.path, store, name, file.size, source)
     else:
@@ -147,7 +152,7 @@ def index_shard(
         raise DataError(f"shard {file.path}: changed while it was indexed; index it when written")
     if not scan.keys and not scan.skipped and not scan.truncated:
         scan.skipped["empty-shard"] = 1
-    held, holdout = _held(scan.keys, options)
+    held, holdout = _held(scan.keys, options, frozenset(scan.not_chosen))
     shard = Shard(
         file.path,
         kind,
@@ -183,11 +188,12 @@ def fraction_of(key: str) -> float:
 
 
 def _held(
-    keys: list[str], options: IndexOptions
+    keys: list[str], options: IndexOptions, not_chosen: frozenset[int]
 ) -> tuple[np.ndarray[tuple[int], np.dtype[np.int32]], np.ndarray[tuple[int], np.dtype[np.int32]]]:
     held, holdout = [], []
     for ordinal, key in enumerate(keys):
-        if key in options.exclude or (options.select is not None and key not in options.select):
+        unselected = options.select is not None and key not in options.select
+        if unselected or key in options.exclude or ordinal in not_chosen:
             held.append(ordinal)
         elif options.holdout > 0 and fraction_of(key) < options.holdout:
             held.append(ordinal)

@@ -197,7 +197,13 @@ def _index_settings(config: Config) -> bytes:
     data = config.data
     lists = [data.exclude, *(source.select for source in data.sources)]
     content = {
-        "sources": [source.model_dump(exclude={"weight", "max_passes"}) for source in data.sources],
+        "sources": [
+            # Without conditions, as before there were any.
+            source.model_dump(
+                exclude={"weight", "max_passes"} | (set() if source.where else {"where"})
+            )
+            for source in data.sources
+        ],
         "holdout": data.holdout,
         "salvage": data.salvage,
         "copies": data.copies,

@@ -32,6 +32,14 @@ def config(**sections: Any) -> Config:
             {"data": {"sources": [{"path": "a", "weight": 1}, {"path": "b"}]}},
             "without one: b",
         ),
+        (
+            {"data": {"sources": [{"path": "a", "where": ["similarity 0.3"]}]}},
+            "'similarity 0.3' is no condition; expected COLUMN, <= >= == != < >, VALUE",
+        ),
+        (
+            {"data": {"sources": [{"path": "a", "where": ["a > 1", "b == null"]}]}},
+            "'b == null': cannot compare with null",
+        ),
         ({"tokenizer": {"vocab": "x.json", "train_vocab": 600}}, "not both"),
         ({"tokenizer": {"train_vocab": 513}}, "greater than or equal to 514"),
         (

@@ -123,6 +123,20 @@ def test_other_settings_scan_all_again(
     assert len(scanned) == 10  # by both
 
 
+def test_other_conditions_scan_all_again(
+    store: LocalStore, scanned: list[str], tmp_path: Path
+) -> None:
+    columns = {"jpg": pa.array(images(6)), "txt": pa.array(["a"] * 6), "n": pa.array(range(6))}
+    data = config(write_parquet(tmp_path / "0.parquet", columns))
+    indexed = {}
+    for where in ((), ("n > 2",), ("n > 3",), ("n>3",)):
+        scanned.clear()
+        found = index(on_source(data, where=where), store)
+        assert scanned == ["0.parquet"] * (where != ("n>3",)), where
+        indexed[where] = found.digest
+    assert len(set(indexed.values())) == 3
+
+
 def keys(folder: Path, *names: str) -> str:
     (folder / "keys").write_text("\n".join(names))
     return str(folder / "keys")

@@ -316,7 +316,7 @@ def test_a_source_of_which_less_than_half_is_taken_is_worth_rewriting(tmp_path: 
     source = selection_of(tmp_path)
     data = DataConfig(sources=(source,), holdout=0.5)
     (line,) = sparse_sources(build_manifest(data))
-    assert f"data.sources[0] {source.path}: select and exclude leave 12 of 79 samples" in line
+    assert f"data.sources[0] {source.path}: its lists and conditions leave 12 of 79 samples" in line
     assert "6.6 times their bytes" in line and "jobs/prepare.py --shards" in line
     # What is held out for evaluation is no reason: it is not chosen by a list.
     whole = DataConfig(sources=(SourceConfig(path=source.path),), holdout=0.6)
@@ -384,6 +384,23 @@ def test_a_selection_of_samples_that_lie_apart(tmp_path: Path) -> None:
     assert [s.key for s in read_back(tmp_path / "out")] == ["00002", "00011", "b00001"]
     assert done.rows == done.written + done.skipped.total() == 19
     assert done.skipped["not-selected"] == 14
+
+
+def test_parquet_is_rewritten_by_conditions_on_its_columns(tmp_path: Path) -> None:
+    columns = {
+        "jpg": pa.array(images(9)),
+        "txt": pa.array([str(i) for i in range(9)]),
+        "similarity": pa.array([i / 10 for i in range(9)]),
+    }
+    write_parquet(tmp_path / "0.parquet", columns)
+    command = [ROOT / "jobs/prepare.py", "--shards", "0.parquet", "--out", "few"]
+    chosen = ["--where", "similarity >= 0.3", "--where", "similarity < 0.6"]
+    done = subprocess.run(
+        [sys.executable, *command, *chosen], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "3 of 9 samples written to 1 shards" in done.stdout and "not-selected" in done.stdout
+    assert [s.caption for s in read_back(tmp_path / "few")] == ["3", "4", "5"]
 
 
 def test_the_command_that_an_error_names_mends_the_shard(tmp_path: Path) -> None:

@@ -417,6 +417,72 @@ def test_parquet_reads_only_the_row_groups_it_needs(
     assert groups == [0, 9]
 
 
+SCORED: dict[str, Any] = {
+    "similarity": pa.array([0.1, 0.3, None, float("nan"), 0.5, 0.9] * 2, pa.float32()),
+    "width": pa.array([100, 300] * 6, pa.uint16()),
+    "nsfw": pa.array(["UNLIKELY", "NSFW", "UNLIKELY"] * 4).dictionary_encode(),
+    "license type": pa.array(["5", "cc"] * 6, pa.large_string()),
+    "upright": pa.array([True, False, None] * 4),
+}
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        (["similarity >= 0.29"], [1, 4, 5, 7, 10, 11]),
+        (["similarity<0.5"], [0, 1, 6, 7]),
+        (["similarity != 0.5"], [0, 1, 3, 5, 6, 7, 9, 11]),  # NaN is not 0.5; null is nothing
+        (["similarity > 0.2", "width > 255"], [1, 5, 7, 11]),
+        (["nsfw == UNLIKELY", "width <= 100"], [0, 2, 6, 8]),
+        (['license type == "5"'], [0, 2, 4, 6, 8, 10]),
+        (["license type == cc", "upright == true"], [3, 9]),
+        ([], list(range(12))),
+    ],
+)
+def test_conditions_on_columns_choose_the_samples_of_parquet(
+    tmp_path: Path, where: list[str], expected: list[int]
+) -> None:
+    pictures: list[bytes | None] = [*images(12)]
+    columns = {"jpg": pa.array(pictures), "txt": pa.array([f"{i}" for i in range(12)]), **SCORED}
+    path = write_parquet(tmp_path / "0.parquet", columns, rows=5)
+    source = SourceConfig(path=str(path), where=tuple(where))
+    found = index(path, source)
+    assert found.shard.samples == 12 and not len(found.holdout)
+    assert set(range(12)) - set(found.held.tolist()) == set(expected)
+    # By ordinals of valid samples, whatever rows are left out; with keys and the hold-out.
+    pictures[0] = None
+    columns["jpg"] = pa.array(pictures)
+    path = write_parquet(tmp_path / "1.parquet", columns, rows=5)
+    names = [sample.key for sample in read_all(index(path, source).shard, source)]
+    some = frozenset(names[:7])
+    both = index(path, source, IndexOptions(0.5, select=some))
+    kept = set(names) - {names[at] for at in set(both.held) - set(both.holdout)}
+    assert kept == some & {names[row - 1] for row in expected if row}
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("clip_score > 1", "looked for 'clip_score'; it has jpg, txt, similarity, width"),
+        ("width == wide", "column 'width' is uint16, which cannot be compared with 'wide'"),
+        ("nsfw < 3", "column 'nsfw' is dictionary.* cannot be compared with 3"),
+    ],
+)
+def test_a_condition_that_cannot_be_told_names_the_column(
+    tmp_path: Path, where: str, message: str
+) -> None:
+    columns = {"jpg": pa.array(images(12)), "txt": pa.array(["a"] * 12), **SCORED}
+    path = write_parquet(tmp_path / "0.parquet", columns)
+    with pytest.raises(DataError, match=f"shard .*0.parquet: .*{message}"):
+        index(path, SourceConfig(path=str(path), where=(where,)))
+
+
+def test_a_tar_has_no_columns_for_conditions(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", pairs(2))
+    with pytest.raises(DataError, match=r"a.tar: a tar has no columns for .*where.* select"):
+        index(path, SourceConfig(path=str(path), where=("width > 1",)))
+
+
 def test_parquet_structs_lists_dictionaries_and_rotten_text(tmp_path: Path) -> None:
     struct = pa.array([{"bytes": jpeg(0), "path": "a"}, {"bytes": None, "path": "b"}, None])
     rotten = pa.array([b"caf\xe9", b"x", b"y"]).cast(pa.binary()).view(pa.string())

@@ -157,6 +157,7 @@ def test_an_embedded_ray_leaves_the_home_directory_alone(tmp_path):
         (("promote.py", "--model", "clip", "--storage", "nowhere"), "nowhere"),
         (("verify_run.py", "--run", "nowhere"), "not a run's directory"),
         (("prepare.py", "--source", "nowhere", "--out", "x"), "nowhere"),
+        (("prepare.py", "--shards", "x", "--where", "a", "--out", "x"), "'a' is no condition"),
         (("ui.py", "--storage", "nowhere"), "run `make quickstart` first"),
     ],
 )
