@@ -9,10 +9,12 @@ A few small shards are indexed where they are asked for: sooner than a task begi
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import pickle
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -23,7 +25,7 @@ from tqdm import tqdm
 
 from clip_ray.config import DataConfig
 from clip_ray.data.earlier import BESIDE, Earlier, folder_of, read_earlier
-from clip_ray.data.indexing import Job
+from clip_ray.data.indexing import Job, Outcome
 from clip_ray.data.manifest import Manifest, build_manifest
 from clip_ray.data.manifest_file import save_manifest
 from clip_ray.errors import ClipRayError, ClusterError, ConfigError
@@ -33,11 +35,17 @@ STALL_S = 600.0
 EVERY_S = 1.0  # between two results of a task
 TASK_SHARDS = 256  # of one task, at most
 TASKS_PER_CPU = 16  # at least, where the shards suffice
-FEW, FEW_BYTES = 32, 64 << 20  # shards that are indexed before a task would begin, and their size
-ATTEMPTS = 3  # of an execution whose own process is lost
+FEW, FEW_BYTES = 32, 64 << 20  # at most, indexed before a task would begin: shards, their size
+ATTEMPTS = 3  # in a row that bring nothing
 SILENT_BELOW = 8  # shards that are indexed before a bar could be read
 _SHOWN = 5  # shards named in one line
-Numbered = tuple[int, Any]
+Indexer = Callable[[Job], Outcome]
+_LOST = (
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.ObjectLostError,
+)
 
 
 def index_data(
@@ -56,8 +64,7 @@ def index_data(
 
     Raises:
         DataError: see `data.manifest.build_manifest`.
-        ClusterError: no shard was finished for ten minutes, or what deals them to tasks was lost
-            three times.
+        ClusterError: no shard was finished for ten minutes, or shards take their processes along.
     """
     earlier = read_earlier(store, data, say)
     with _Bar() as bar:
@@ -132,31 +139,38 @@ class _Bar:
         self._bar.update(done - self._bar.n)
 
 
-def _over_the_cluster(function: Callable[[Any], Any], jobs: list[Job]) -> Iterable[Any]:
-    if len(jobs) < FEW and sum(job.file.size for job in jobs) <= FEW_BYTES:
+def _over_the_cluster(function: Indexer, jobs: list[Job]) -> Iterable[Outcome]:
+    if len(jobs) <= FEW and sum(job.file.size for job in jobs) <= FEW_BYTES:
         return map(function, jobs)
     return _over_tasks(function, jobs)
 
 
-def _over_tasks(function: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
-    """Yield the results of jobs in any order; tasks of Ray Data make them."""
-    left = dict(enumerate(jobs))
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            for number, result in _execution(function, list(left.items())):
-                del left[number]
-                yield result
-            return
-        except ray.exceptions.WorkerCrashedError as error:
-            if attempt == ATTEMPTS:
-                raise ClusterError(
-                    f"the process that deals shards to tasks was lost {attempt} times; is this "
-                    "node out of memory? The same command goes on from here"
-                ) from error
+def _over_tasks(function: Indexer, jobs: Sequence[Job]) -> Iterator[Outcome]:
+    """Yield the results of jobs in any order; tasks of Ray Data make them.
+
+    A task whose process is lost leaves some shards, as an execution does. What is left is begun
+    anew, until only shards are left that take their processes along.
+    """
+    left = {job.number: job for job in jobs}
+    in_vain = 0
+    while left:
+        before = len(left)
+        with contextlib.suppress(*_LOST):
+            for outcome in _execution(function, list(left.values())):
+                if left.pop(outcome.number, None) is not None:
+                    yield outcome
+        in_vain = 0 if len(left) < before else in_vain + 1
+        if in_vain == ATTEMPTS:
+            paths = [job.file.path for job in left.values()]
+            more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
+            raise ClusterError(
+                f"{', '.join(paths[:_SHOWN])}{more}: not indexed, {ATTEMPTS} times in a row the "
+                "process that read them was lost; is a node out of memory? Ray's logs say more"
+            )
 
 
-def _execution(function: Callable[[Any], Any], jobs: list[Numbered]) -> Iterator[Numbered]:
-    """Yield the results of numbered jobs, until its process is lost."""
+def _execution(function: Indexer, jobs: list[Job]) -> Iterator[Outcome]:
+    """Yield the results of jobs, until a process is lost."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     cpus = max(int(ray.cluster_resources().get("CPU", 1)), 1)
     each = min(max(len(jobs) // (TASKS_PER_CPU * cpus), 1), TASK_SHARDS)
@@ -170,18 +184,19 @@ def _execution(function: Callable[[Any], Any], jobs: list[Numbered]) -> Iterator
                 some = ray.get(next(results))
             except StopIteration:
                 return
-            for number, result in pickle.loads(some):
-                if isinstance(result, ClipRayError):
+            for result in pickle.loads(some):
+                if isinstance(result, Exception):
                     raise result
-                yield number, result
+                yield result
         raise ClusterError(
             f"no shard was indexed within {STALL_S:g} s; is the cluster full, or the storage down?"
         )
     finally:
-        ray.cancel(results)
+        if ray.is_initialized():  # else this would begin a new one
+            ray.cancel(results)
 
 
-@ray.remote(num_cpus=0, max_retries=0)  # once more, it would yield in another order
+@ray.remote(num_cpus=0, max_retries=0)
 def _execute(boxed: list[ray.ObjectRef], chunks: list[bytes]) -> Iterator[bytes]:
     """Run an execution of Ray Data; yield pickled lists of results, as they come.
 
@@ -197,40 +212,49 @@ def _execute(boxed: list[ray.ObjectRef], chunks: list[bytes]) -> Iterator[bytes]
 
     with ray.data.DataContext.current(_context()):
         dataset = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map_batches(
-            run, batch_size=None, batch_format="pyarrow", num_cpus=1
+            # Not repeated by Ray, which takes for granted that it yields the same once more.
+            run,
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=1,
+            max_retries=0,
         )
-    for row in dataset.iter_rows():
-        yield row["results"]
+    # Without a prefetched batch: each would wait for the next one before it is handed on.
+    tables: Iterable[Any] = dataset.iter_batches(
+        prefetch_batches=0, batch_size=None, batch_format="pyarrow"
+    )
+    for table in tables:
+        (results,) = table["results"].to_pylist()
+        yield results
 
 
 def _context() -> ray.data.DataContext:
     """Return the settings of an execution that is silent: the bar is ours."""
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):
-            handler.setLevel(logging.ERROR)
+            handler.setLevel(logging.CRITICAL)  # errors are tasks that are lost, which we count
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     # A shard may take minutes, which is no issue; what a task uses is not looked at.
     context.issue_detectors_config.detectors = []
     context.memory_usage_poll_interval_s = None
+    context.max_errored_blocks = -1  # of a task that is lost, what is left is begun anew
     context.target_max_block_size = 1  # what a task yields is handed on as it comes
     return context
 
 
-def run_some(reference: ray.ObjectRef, jobs: Sequence[Numbered]) -> Iterator[list[Numbered]]:
+def run_some(reference: ray.ObjectRef, jobs: Sequence[Job]) -> Iterator[list[Any]]:
     """Yield results, those of a second together; called in tasks.
 
-    A user's error (no credentials, no such bucket) is a result, and the last: raised, it would come
-    with a remote traceback.
+    An error is a result, and the last: what is raised is for Ray Data a task that is lost.
     """
-    function, begun = _function(reference), time.monotonic()
-    done: list[Numbered] = []
-    for number, job in jobs:
+    function, done, begun = _function(reference), [], time.monotonic()
+    for job in jobs:
         try:
-            done.append((number, function(job)))
-        except ClipRayError as error:
-            yield [*done, (number, error)]
+            done.append(function(job))
+        except Exception as error:
+            yield [*done, _portable(error)]
             return
         if time.monotonic() - begun >= EVERY_S:
             yield done
@@ -239,8 +263,19 @@ def run_some(reference: ray.ObjectRef, jobs: Sequence[Numbered]) -> Iterator[lis
         yield done
 
 
+def _portable(error: Exception) -> Exception:
+    """Return an error that can be pickled; one that is not a user's tells where it was raised."""
+    if not isinstance(error, ClipRayError):
+        error.add_note(traceback.format_exc())
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(traceback.format_exc())
+    return error
+
+
 @functools.lru_cache(maxsize=2)
-def _function(reference: ray.ObjectRef) -> Callable[[Any], Any]:
+def _function(reference: ray.ObjectRef) -> Indexer:
     """Fetch the function once per process."""
-    function: Callable[[Any], Any] = ray.get(reference)
+    function: Indexer = ray.get(reference)
     return function
