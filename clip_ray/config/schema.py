@@ -193,7 +193,9 @@ class SourceConfig(Section):
     )
     select: str | None = Field(None, description="file of sample keys to take, one a line")
     where: tuple[str, ...] = Field(
-        (), description='conditions on Parquet columns that all hold, as "similarity >= 0.3"'
+        (),
+        description="conditions on Parquet columns (numbers, strings, bool) that all hold, as "
+        '"similarity >= 0.3" or "license == cc"',
     )
 
     @field_validator("where")

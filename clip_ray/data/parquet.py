@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,7 +151,7 @@ def _footer(store: Store, name: str, file: FileInfo) -> pq.FileMetaData | None:
 
 
 def find_columns(path: str, schema: pa.Schema, source: SourceConfig) -> Columns:
-    """Return the columns that a source names, or the usual ones.
+    """Return the columns that a source names, or the usual ones; checks those of conditions.
 
     Raises:
         DataError: a column is not there, or holds something else; the message lists the columns.
@@ -166,7 +167,9 @@ def find_columns(path: str, schema: pa.Schema, source: SourceConfig) -> Columns:
             "(binary, or a struct with a field 'bytes'); name another with data.sources[].image"
         )
     for text in source.where:
-        _choose(path, schema, parse_condition(text).column, (), "where")
+        column = _choose(path, schema, parse_condition(text).column, (), "where")
+        if schema.names.count(column) > 1:
+            raise DataError(f"shard {path}: {schema.names.count(column)} columns are {column!r}")
     key = next((name for name in KEY_COLUMNS if name in schema.names), None)
     return Columns(image, caption, key)
 
@@ -185,10 +188,10 @@ def _choose(
 
 
 def scan_parquet(path: str, store: Store, name: str, size: int, source: SourceConfig) -> Scan:
-    """Read a shard's footer, captions and keys; image data only where some are null.
+    """Read a shard's footer, captions, keys and columns of conditions; images where some are null.
 
     Raises:
-        DataError: it is no Parquet file, or lacks a column.
+        DataError: it is no Parquet file, lacks a column, or has one that a condition cannot be on.
     """
     scan = Scan()
     skipped_rows: list[int] = []
@@ -249,19 +252,48 @@ def _scan_group(
 def _chosen(
     table: pa.Table, conditions: Sequence[Condition], path: str
 ) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Tell for which rows all conditions hold; for a null, none does."""
+    """Tell for which rows all conditions hold; for a null, none does.
+
+    Raises:
+        DataError: a column holds what cannot be compared so.
+    """
     chosen = np.ones(table.num_rows, dtype=bool)
     for column, operator, value in conditions:
         values = table[column]
+        if pa.types.is_dictionary(values.type):
+            values = values.cast(values.type.value_type)
         try:
-            holds = _COMPARE[operator](values, pa.scalar(value))
-        except pa.ArrowException as error:
+            holds = _COMPARE[operator](*_comparable(values, value))
+        except (pa.ArrowException, OverflowError) as error:
             raise DataError(
-                f"shard {path}: column {column!r} is {values.type}, which cannot be compared with "
-                f"{value!r}; see data.sources[].where"
+                f"shard {path}: column {column!r} is {values.type}, and cannot be compared with "
+                f"{json.dumps(value)} ({error}); columns of numbers compare with numbers, bool "
+                'with true and false, strings with text ("5" in quotes): data.sources[].where'
             ) from error
         chosen &= holds.fill_null(False).to_numpy()
     return chosen
+
+
+def _comparable(
+    values: pa.ChunkedArray, value: bool | int | float | str
+) -> tuple[pa.ChunkedArray, pa.Scalar]:
+    """Return values and what they are compared with in one type: the column's where it has it.
+
+    As doubles, no float32 would be 0.3, and integers beyond 2^53 would be refused.
+    """
+    kind = values.type
+    if isinstance(value, bool | str):
+        return values, pa.scalar(value)
+    if pa.types.is_float16(kind):
+        return values.cast(pa.float32()), pa.scalar(value, pa.float32())
+    if pa.types.is_floating(kind):
+        return values, pa.scalar(float(value), kind)
+    if pa.types.is_decimal(kind):
+        return values.cast(pa.float64()), pa.scalar(float(value))
+    if pa.types.is_integer(kind) and isinstance(value, int):
+        with suppress(pa.ArrowException, OverflowError):
+            return values, pa.scalar(value, kind)
+    return values, pa.scalar(value)
 
 
 def _null_images(file: pq.ParquetFile, group: int, column: str) -> np.ndarray[Any, Any]:

@@ -127,7 +127,8 @@ def index_shard(
     is streamed in large ranges.
 
     Raises:
-        DataError: the shard is damaged, changes meanwhile, or lacks a column. A truncated tar is
+        DataError: the shard is damaged, changes meanwhile, lacks a column, or is a tar where the
+            source has conditions. A truncated tar is
             no error here: see `ShardIndex.truncated`.
     """
     folder, name = split_uri(file.path)

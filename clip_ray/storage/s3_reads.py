@@ -242,9 +242,12 @@ class Reader(s3fs.S3FileSystem):
     async def _connected(self, what: str) -> None:
         """Have the client made: on a busy machine that takes seconds, none of them a request's."""
         try:
-            async with asyncio.timeout(_CLIENT_S):
+            async with asyncio.timeout(_CLIENT_S) as bound:
                 await self.set_session()
-        except TimeoutError as error:
+        except Exception as error:
+            if not bound.expired():
+                error.add_note(f"while {what}")
+                raise
             raise StorageError(
                 f"{what}: no client of S3 was made within {_CLIENT_S:g} s; does what gives the "
                 "credentials hang?"

@@ -40,6 +40,14 @@ def config(**sections: Any) -> Config:
             {"data": {"sources": [{"path": "a", "where": ["a > 1", "b == null"]}]}},
             "'b == null': cannot compare with null",
         ),
+        (
+            {"data": {"sources": [{"path": "a", "where": ["n != a and s > 1"]}]}},
+            "each condition is an entry of its own",
+        ),
+        ({"data": {"sources": [{"path": "a", "where": ["n <> a"]}]}}, "cannot compare with > a"),
+        ({"data": {"sources": [{"path": "a", "where": ["n === a"]}]}}, "cannot compare with = a"),
+        ({"data": {"sources": [{"path": "a", "where": ["n != NaN"]}]}}, "compare with NaN"),
+        ({"data": {"sources": [{"path": "a", "where": ["n == 'a'"]}]}}, "in double quotes"),
         ({"tokenizer": {"vocab": "x.json", "train_vocab": 600}}, "not both"),
         ({"tokenizer": {"train_vocab": 513}}, "greater than or equal to 514"),
         (

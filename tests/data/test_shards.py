@@ -5,6 +5,7 @@ import io
 import json
 import os
 import tarfile
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -423,6 +424,9 @@ SCORED: dict[str, Any] = {
     "nsfw": pa.array(["UNLIKELY", "NSFW", "UNLIKELY"] * 4).dictionary_encode(),
     "license type": pa.array(["5", "cc"] * 6, pa.large_string()),
     "upright": pa.array([True, False, None] * 4),
+    "hash": pa.array([2**64 - 1, 5] * 6, pa.uint64()),
+    "price": pa.array([Decimal("0.30"), Decimal("12.5")] * 6, pa.decimal128(38, 20)),
+    "half": pa.array(np.array([0.2, 0.4] * 6, np.float16)),
 }
 
 
@@ -436,6 +440,13 @@ SCORED: dict[str, Any] = {
         (["nsfw == UNLIKELY", "width <= 100"], [0, 2, 6, 8]),
         (['license type == "5"'], [0, 2, 4, 6, 8, 10]),
         (["license type == cc", "upright == true"], [3, 9]),
+        (["similarity <= 0.3"], [0, 1, 6, 7]),  # as float32, which 0.3 is not as a double
+        (["similarity == .5"], [4, 10]),
+        ([f"hash != {2**64 - 1}"], [1, 3, 5, 7, 9, 11]),
+        (["hash > 0", "width < 100000", "width > -1"], list(range(12))),
+        (["price >= 3"], [1, 3, 5, 7, 9, 11]),
+        (["half <= 0.2"], [0, 2, 4, 6, 8, 10]),
+        (['nsfw != "a > b"', "width >= 99.5"], list(range(12))),
         ([], list(range(12))),
     ],
 )
@@ -464,15 +475,19 @@ def test_conditions_on_columns_choose_the_samples_of_parquet(
     ("where", "message"),
     [
         ("clip_score > 1", "looked for 'clip_score'; it has jpg, txt, similarity, width"),
-        ("width == wide", "column 'width' is uint16, which cannot be compared with 'wide'"),
-        ("nsfw < 3", "column 'nsfw' is dictionary.* cannot be compared with 3"),
+        ("width == wide", "column 'width' is uint16, and cannot be compared with \"wide\" "),
+        ("nsfw < 3", "column 'nsfw' is string, and cannot be compared with 3 .*\"5\" in quotes"),
+        ("upright == 1", "column 'upright' is bool, .* true and false"),
+        ("twice > 1", "2 columns are 'twice'"),
     ],
 )
 def test_a_condition_that_cannot_be_told_names_the_column(
     tmp_path: Path, where: str, message: str
 ) -> None:
     columns = {"jpg": pa.array(images(12)), "txt": pa.array(["a"] * 12), **SCORED}
-    path = write_parquet(tmp_path / "0.parquet", columns)
+    table = pa.table(columns).append_column("twice", [[1] * 12]).append_column("twice", [[2] * 12])
+    path = tmp_path / "0.parquet"
+    pq.write_table(table, path)
     with pytest.raises(DataError, match=f"shard .*0.parquet: .*{message}"):
         index(path, SourceConfig(path=str(path), where=(where,)))
 
