@@ -36,6 +36,17 @@ def sleeper():
 
 
 @pytest.fixture
+def deaf(sleeper, tmp_path):
+    """A process that ignores SIGTERM."""
+    ready = tmp_path / "deaf"
+    code = "import pathlib, signal, sys, time; signal.signal(15, signal.SIG_IGN); "
+    code += "pathlib.Path(sys.argv[1]).touch(); time.sleep(60)"
+    process = sleeper(str(ready), code=code)
+    wait_for(ready.exists, 30, "a process that ignores SIGTERM")
+    return process
+
+
+@pytest.fixture
 def listener():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -68,10 +79,8 @@ def test_a_dead_process_that_nobody_waits_for_has_ended(sleeper):
     wait_for(lambda: processes.started(process.pid) is None, 5, "the zombie's end")
 
 
-def test_processes_are_ended_for_certain_and_others_are_not(sleeper):
-    stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); print(1); time.sleep(60)"
-    willing, deaf, other = sleeper(), sleeper(code=stubborn), sleeper()
-    time.sleep(0.3)
+def test_processes_are_ended_for_certain_and_others_are_not(sleeper, deaf):
+    willing, other = sleeper(), sleeper()
     ours = {p.pid: processes.started(p.pid) for p in (willing, deaf)}
     found = processes.end({**ours, other.pid: "another start"}, wait_s=0.5)
     assert sorted(found) == sorted(ours)
@@ -83,7 +92,7 @@ def test_processes_are_ended_for_certain_and_others_are_not(sleeper):
 def test_a_process_is_found_by_its_command_line(sleeper, tmp_path):
     process = sleeper(f"{tmp_path}/ha-1/haproxy.cfg")
     sleeper(f"{tmp_path}/ha-2/haproxy.cfg")
-    wait_for(lambda: processes.with_argument(f"{tmp_path}/ha-1"), 5, "the process")
+    wait_for(lambda: processes.with_argument(f"{tmp_path}/ha-1"), 30, "the process")
     assert processes.with_argument(f"{tmp_path}/ha-1").keys() == {process.pid}
 
 
@@ -158,7 +167,8 @@ def test_down_of_a_killed_serve_ends_what_it_left(tmp_path, sleeper):
     scratch.mkdir()
     child, haproxy, other = sleeper(), sleeper(f"{scratch}/haproxy.cfg"), sleeper()
     children = {child.pid: processes.started(child.pid), other.pid: "not ours"}
-    time.sleep(0.2)
+    if sys.platform == "linux":
+        wait_for(lambda: processes.with_argument(str(scratch)), 30, "haproxy's stand-in")
     running(tmp_path, children=children, scratch=str(scratch))
     down(tmp_path, lambda line: None)
     assert child.wait(5) and (haproxy.wait(5) or sys.platform != "linux")
@@ -166,10 +176,8 @@ def test_down_of_a_killed_serve_ends_what_it_left(tmp_path, sleeper):
     assert not scratch.exists() and read_running(tmp_path) is None
 
 
-def test_down_kills_what_does_not_end(tmp_path, sleeper, monkeypatch):
+def test_down_kills_what_does_not_end(tmp_path, deaf, monkeypatch):
     monkeypatch.setattr(serve_local, "DOWN_S", 0.5)
-    deaf = sleeper(code="import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)")
-    time.sleep(0.3)
     running(tmp_path, deaf)
     down(tmp_path, lambda line: None)
     assert deaf.wait(5) == -signal.SIGKILL and read_running(tmp_path) is None
