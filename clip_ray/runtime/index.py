@@ -9,7 +9,6 @@ A few small shards are indexed where they are asked for: sooner than a task begi
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import pickle
@@ -152,32 +151,34 @@ def _over_tasks(function: Indexer, jobs: Sequence[Job]) -> Iterator[Outcome]:
     anew, until only shards are left that take their processes along.
     """
     left = {job.number: job for job in jobs}
-    in_vain = 0
+    in_vain, why = 0, "its results did not come"
     while left:
         before = len(left)
-        with contextlib.suppress(*_LOST):
-            for outcome in _execution(function, list(left.values())):
+        try:
+            for outcome in _execution(function, list(left.values()), tolerant=not in_vain):
                 if left.pop(outcome.number, None) is not None:
                     yield outcome
+        except _LOST as error:
+            why = str(error).strip().splitlines()[-1]
         in_vain = 0 if len(left) < before else in_vain + 1
         if in_vain == ATTEMPTS:
             paths = [job.file.path for job in left.values()]
             more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
             raise ClusterError(
                 f"{', '.join(paths[:_SHOWN])}{more}: not indexed, {ATTEMPTS} times in a row the "
-                "process that read them was lost; is a node out of memory? Ray's logs say more"
+                f"process that read them was lost ({why}); is a node out of memory?"
             )
 
 
-def _execution(function: Indexer, jobs: list[Job]) -> Iterator[Outcome]:
-    """Yield the results of jobs, until a process is lost."""
+def _execution(function: Indexer, jobs: list[Job], tolerant: bool) -> Iterator[Outcome]:
+    """Yield the results of jobs, but for those of tasks that are lost, or until one is."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     cpus = max(int(ray.cluster_resources().get("CPU", 1)), 1)
     each = min(max(len(jobs) // (TASKS_PER_CPU * cpus), 1), TASK_SHARDS)
     chunks = [pickle.dumps(jobs[at : at + each]) for at in range(0, len(jobs), each)]
     # Put once: it holds the lists of keys, which may be long. In a list, or Ray would unpack it.
     reference = ray.put(function)
-    results: Any = _execute.options(scheduling_strategy=here).remote([reference], chunks)
+    results: Any = _execute.options(scheduling_strategy=here).remote([reference], chunks, tolerant)
     try:
         while ray.wait([results], timeout=STALL_S)[0]:
             try:
@@ -197,7 +198,7 @@ def _execution(function: Indexer, jobs: list[Job]) -> Iterator[Outcome]:
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def _execute(boxed: list[ray.ObjectRef], chunks: list[bytes]) -> Iterator[bytes]:
+def _execute(boxed: list[ray.ObjectRef], chunks: list[bytes], tolerant: bool) -> Iterator[bytes]:
     """Run an execution of Ray Data; yield pickled lists of results, as they come.
 
     A process of its own: an execution in the driver could neither be waited for with a bound nor
@@ -207,10 +208,10 @@ def _execute(boxed: list[ray.ObjectRef], chunks: list[bytes]) -> Iterator[bytes]
 
     def run(batch: pa.Table) -> Iterator[pa.Table]:
         for chunk in batch["item"].to_pylist():
-            for results in run_some(boxed[0], pickle.loads(chunk)):
+            for results in run_some(boxed[0], chunk):
                 yield pa.table({"results": [pickle.dumps(results)]})
 
-    with ray.data.DataContext.current(_context()):
+    with ray.data.DataContext.current(_context(tolerant)):
         dataset = ray.data.from_items(chunks, override_num_blocks=len(chunks)).map_batches(
             # Not repeated by Ray, which takes for granted that it yields the same once more.
             run,
@@ -228,7 +229,7 @@ def _execute(boxed: list[ray.ObjectRef], chunks: list[bytes]) -> Iterator[bytes]
         yield results
 
 
-def _context() -> ray.data.DataContext:
+def _context(tolerant: bool) -> ray.data.DataContext:
     """Return the settings of an execution that is silent: the bar is ours."""
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):
@@ -239,26 +240,27 @@ def _context() -> ray.data.DataContext:
     # A shard may take minutes, which is no issue; what a task uses is not looked at.
     context.issue_detectors_config.detectors = []
     context.memory_usage_poll_interval_s = None
-    context.max_errored_blocks = -1  # of a task that is lost, what is left is begun anew
+    context.max_errored_blocks = -1 if tolerant else 0
     context.target_max_block_size = 1  # what a task yields is handed on as it comes
     return context
 
 
-def run_some(reference: ray.ObjectRef, jobs: Sequence[Job]) -> Iterator[list[Any]]:
-    """Yield results, those of a second together; called in tasks.
+def run_some(reference: ray.ObjectRef, chunk: bytes) -> Iterator[list[Any]]:
+    """Yield the results of pickled jobs, those of a second together; called in tasks.
 
     An error is a result, and the last: what is raised is for Ray Data a task that is lost.
     """
-    function, done, begun = _function(reference), [], time.monotonic()
-    for job in jobs:
-        try:
+    done: list[Any] = []
+    begun = time.monotonic()
+    try:
+        function = _function(reference)
+        for job in pickle.loads(chunk):
             done.append(function(job))
-        except Exception as error:
-            yield [*done, _portable(error)]
-            return
-        if time.monotonic() - begun >= EVERY_S:
-            yield done
-            done, begun = [], time.monotonic()
+            if time.monotonic() - begun >= EVERY_S:
+                yield done
+                done, begun = [], time.monotonic()
+    except Exception as error:
+        done.append(_portable(error))
     if done:
         yield done
 

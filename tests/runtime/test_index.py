@@ -214,4 +214,5 @@ def test_each_result_comes_once_and_an_error_as_what_it_is(head, tmp_path):
     assert ours.endswith("ValueError; a slip True; True")
     # All others are found, and it is said which take their processes along.
     assert crash.startswith("[0, 2, 4]; ClusterError; crash, crash: not indexed, 3 times in a row")
+    assert "died unexpectedly" in crash
     assert "no shard was indexed within 5 s" in stalled and stalled.endswith("True")
