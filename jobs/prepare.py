@@ -22,7 +22,7 @@ from clip_ray.errors import ClipRayError  # noqa: E402
 
 
 def condition(text: str) -> str:
-    """Return a condition as it is."""
+    """Return a condition as it is, or have argparse say why it is none."""
     try:
         parse_condition(text)
     except ValueError as error:

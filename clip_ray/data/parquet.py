@@ -168,8 +168,12 @@ def find_columns(path: str, schema: pa.Schema, source: SourceConfig) -> Columns:
         )
     for text in source.where:
         column = _choose(path, schema, parse_condition(text).column, (), "where")
-        if schema.names.count(column) > 1:
-            raise DataError(f"shard {path}: {schema.names.count(column)} columns are {column!r}")
+        times = schema.names.count(column)
+        if times > 1:
+            raise DataError(
+                f"shard {path}: {times} columns are {column!r}; rename them, or name another in "
+                "data.sources[].where"
+            )
     key = next((name for name in KEY_COLUMNS if name in schema.names), None)
     return Columns(image, caption, key)
 

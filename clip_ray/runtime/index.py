@@ -159,7 +159,7 @@ def _over_tasks(function: Indexer, jobs: Sequence[Job]) -> Iterator[Outcome]:
                 if left.pop(outcome.number, None) is not None:
                     yield outcome
         except _LOST as error:
-            why = str(error).strip().splitlines()[-1]
+            why = (str(error).strip() or type(error).__name__).splitlines()[-1]
         in_vain = 0 if len(left) < before else in_vain + 1
         if in_vain == ATTEMPTS:
             paths = [job.file.path for job in left.values()]

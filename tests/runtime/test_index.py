@@ -18,6 +18,7 @@ from clip_ray.runtime import index
 from clip_ray.runtime.index import index_data, write_beside
 from clip_ray.storage import LocalStore
 from tests.data.shard_files import pairs, write_tar
+from tests.runtime.support import Head
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -90,22 +91,29 @@ def test_a_read_only_bucket_is_an_error_of_beside(tmp_path):
         write_beside(data, built)
 
 
+def run(head: Head, cwd: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run Python on the cluster; it has to succeed."""
+    done = subprocess.run(
+        [sys.executable, *command],
+        env=head.env,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
 @pytest.mark.ray
 def test_another_run_scans_new_shards_alone(head, tmp_path):
     data = config(tmp_path / "set", holdout=0.1)
     shards(tmp_path / "set", range(3))
     write_beside(data, build_manifest(data))
     shards(tmp_path / "set", range(3, 4 + index.FEW))
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "jobs/index.py"), "--run.name", "new", "--beside"]
-        + ["--data.sources", str(tmp_path / "set"), "--data.holdout", "0.1"],
-        env=head.env,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    command = [str(ROOT / "jobs/index.py"), "--run.name", "new", "--beside"]
+    chosen = ["--data.sources", str(tmp_path / "set"), "--data.holdout", "0.1"]
+    done = run(head, tmp_path, *command, *chosen)
     assert f"3 shards kept from an earlier index, {1 + index.FEW} scanned" in done.stdout
     assert f"beside the data: {tmp_path}/set/{BESIDE}" in done.stdout
     assert f"{4 + index.FEW}/{4 + index.FEW}" in done.stderr
@@ -196,18 +204,9 @@ outcome("wait 60")
 
 
 @pytest.mark.ray
-def test_each_result_comes_once_and_an_error_as_what_it_is(head, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", OVER_TASKS],
-        env=head.env,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = [line for line in done.stdout.splitlines() if "(raylet)" not in line]
-    print(done.stdout)
+def test_each_result_comes_once_and_an_error_as_what_it_is(head):
+    said = run(head, ROOT, "-c", OVER_TASKS).stdout.splitlines()
+    lines = [line for line in said if "(raylet)" not in line]
     once, users, ours, crash, soon, stalled = lines
     assert (once, soon) == ("True", "True")
     assert users.endswith("ClipRayError; no credentials; True")

@@ -75,6 +75,7 @@ def test_without_proc_ps_is_asked(sleeper, monkeypatch):
 
 def test_a_dead_process_that_nobody_waits_for_has_ended(sleeper):
     process = sleeper()
+    assert processes.started(process.pid) is not None
     process.kill()
     wait_for(lambda: processes.started(process.pid) is None, 5, "the zombie's end")
 
